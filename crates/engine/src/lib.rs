@@ -1,1 +1,23 @@
-//! See ARCHITECTURE.md.
+//! The engine: weights, KV blocks, one step over token ids, sampling. It knows neither text nor network.
+//!
+//! [`load`] maps a model file and gives a [`Backend`]; the owner of the arena keeps a [`BlockPool`] beside it and hands
+//! [`Slice`]s of sequences to [`Backend::step`]. See ARCHITECTURE.md.
+
+#![warn(missing_docs)]
+
+mod backend;
+mod config;
+mod error;
+mod kv;
+mod load;
+mod model;
+mod sampling;
+
+pub use backend::{
+    Backend, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
+};
+pub use config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
+pub use error::{LoadError, StepError};
+pub use kv::{BlockPool, BlockTable, IntegrityFault, NoRoom, Quarantined, Reservation};
+pub use load::{LoadOptions, load};
+pub use sampling::{Sampled, sample};

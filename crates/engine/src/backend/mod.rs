@@ -1,0 +1,10 @@
+//! What runs a model: the one narrow trait, and who implements it.
+
+mod cpu;
+mod interface;
+mod stub;
+
+pub(crate) use cpu::CpuBackend;
+pub use cpu::{Isa, UnknownIsa};
+pub use interface::{Backend, Slice, StepObserver, StepOutput, Unobserved, WantedLogits};
+pub use stub::{StubSpec, stub};

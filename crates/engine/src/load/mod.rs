@@ -1,0 +1,5 @@
+//! From files to a backend.
+
+mod entry;
+
+pub use entry::{LoadOptions, load};
