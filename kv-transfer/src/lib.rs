@@ -1,1 +1,23 @@
-//! See ARCHITECTURE.md.
+//! Moves KV blocks from the node that makes them to the node that runs on with them.
+//!
+//! Purpose: one hand-over is opened by the receiver ([`Endpoint::expect`]), answered by the sender ([`Endpoint::open`]),
+//! and ends in exactly one of committed or failed, with every block accounted for on both sides.
+//! Knows nothing of models, tokens, scheduling, HTTP or etcd. See docs/kv-transfer.md.
+
+#![warn(missing_docs)]
+
+mod arena;
+mod endpoint;
+mod error;
+mod identity;
+mod options;
+pub mod transport;
+
+pub use arena::{Arena, ArenaError};
+pub use endpoint::{
+    DestinationBlocks, Endpoint, ExpectSpec, Granted, HandoverReport, Incoming, IncomingEvent, Outgoing, OutgoingSpec,
+    PathStats, QuarantinedBlocks, ReservedBlocks, TransferStats,
+};
+pub use error::{ExpectError, NoRoom, StartError, TransferError};
+pub use identity::{Identity, PathKind, Peer, WIRE_MAJOR};
+pub use options::EndpointOptions;

@@ -1,0 +1,13 @@
+//! The driver: owns sockets, tasks and timers, performs the effects of the pure state machines in `session`.
+
+mod blocks;
+mod incoming;
+mod outgoing;
+mod service;
+mod stats;
+
+pub use blocks::{DestinationBlocks, QuarantinedBlocks, ReservedBlocks};
+pub use incoming::{ExpectSpec, Incoming, IncomingEvent};
+pub use outgoing::{Granted, HandoverReport, Outgoing, OutgoingSpec};
+pub use service::Endpoint;
+pub use stats::{PathStats, TransferStats};
