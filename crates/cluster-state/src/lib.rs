@@ -1,1 +1,23 @@
-//! See ARCHITECTURE.md.
+//! Who is in the cluster: node records under leases, a watch over them without a gap, and the store that holds them,
+//! which is etcd or the embedded one that speaks the same protocol. Only this crate names `etcd-client`.
+
+#![warn(missing_docs)]
+
+mod backoff;
+pub mod embedded;
+mod error;
+pub mod keys;
+mod membership;
+mod options;
+mod publication;
+mod registration;
+mod store;
+mod watch;
+
+pub use error::{ClaimError, RegisterError, StoreError};
+pub use keys::nodes::NodeRecord;
+pub use keys::store_id::StoreId;
+pub use options::{Credentials, InvalidAddress, StoreAddress, StoreOptions};
+pub use registration::Registration;
+pub use store::Store;
+pub use watch::{MembershipEvent, NodeWatch};
