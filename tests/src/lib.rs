@@ -1,1 +1,14 @@
-//! See ARCHITECTURE.md.
+//! What the end-to-end tests share: clusters of real processes, requests over the public doors, and the checks that every
+//! test ends with. Nothing here is part of the product.
+
+mod client;
+mod cluster;
+mod etcd;
+mod process;
+mod prompts;
+
+pub use client::{Answer, Ask, ask, http_post, stream_ask};
+pub use cluster::{Cluster, ClusterOptions, Store};
+pub use etcd::Etcd;
+pub use process::{Process, baton_binary, long_campaign, model_path, test_python, until};
+pub use prompts::{Kind, Prompt, prompts};

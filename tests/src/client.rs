@@ -1,0 +1,120 @@
+//! Requests over the gRPC door, with the checks that every stream must pass.
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_proto::v1;
+use baton_proto::v1::generate_request::Input;
+use baton_proto::v1::inference_client::InferenceClient;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_stream::StreamExt;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// What is sent.
+    pub request: v1::GenerateRequest,
+}
+
+impl Ask {
+    /// Greedy tokens after a prompt, end of sequence ignored.
+    pub fn greedy(prompt: &str, tokens: u32) -> Self {
+        let sampling = v1::SamplingParams {
+            temperature: Some(0.0),
+            max_tokens: Some(tokens),
+            ignore_eos: true,
+            ..v1::SamplingParams::default()
+        };
+        let input = Some(Input::Prompt(prompt.to_owned()));
+        Self { request: v1::GenerateRequest { input, sampling: Some(sampling), ..v1::GenerateRequest::default() } }
+    }
+
+    /// Greedy tokens after token ids.
+    pub fn greedy_ids(ids: Vec<u32>, tokens: u32) -> Self {
+        let mut ask = Self::greedy("", tokens);
+        ask.request.input = Some(Input::PromptTokens(v1::TokenIds { ids }));
+        ask
+    }
+
+    /// Drawn at temperature 0.9 and top-p 0.95 with this seed.
+    pub fn sampled(prompt: &str, tokens: u32, seed: u64) -> Self {
+        let mut ask = Self::greedy(prompt, tokens);
+        let sampling = ask.request.sampling.get_or_insert_default();
+        (sampling.temperature, sampling.top_p, sampling.seed) = (Some(0.9), Some(0.95), Some(seed));
+        ask
+    }
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    /// Generated token ids.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Why it ended.
+    pub finish: i32,
+    /// Token counts.
+    pub usage: v1::Usage,
+    /// What happened when and where.
+    pub timeline: v1::Timeline,
+}
+
+/// Opens the stream.
+pub async fn stream_ask(
+    client: &InferenceClient<Channel>,
+    ask: &Ask,
+) -> Result<Streaming<v1::GenerateResponse>, Status> {
+    Ok(client.clone().generate(ask.request.clone()).await?.into_inner())
+}
+
+/// Asks and reads to the end. A status is given back; a stream that breaks the rules (gap, repeat, end without a reason)
+/// is a test failure.
+pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<Answer, Status>> {
+    let mut stream = match stream_ask(client, ask).await {
+        Ok(stream) => stream,
+        Err(status) => return Ok(Err(status)),
+    };
+    let mut answer = Answer::default();
+    while let Some(message) = stream.next().await {
+        let message = match message {
+            Ok(message) => message,
+            Err(status) => return Ok(Err(status)),
+        };
+        ensure!(answer.finish == 0, "a message after the last one");
+        if !message.tokens.is_empty() {
+            let (have, first) = (answer.tokens.len(), message.first_index as usize);
+            ensure!(have == first, "tokens {first}.. came after {have} tokens: a gap or a repeat");
+        }
+        answer.tokens.extend(&message.tokens);
+        answer.text.push_str(&message.text);
+        answer.finish = message.finish_reason;
+        if let Some(usage) = message.usage {
+            answer.usage = usage;
+        }
+        if let Some(timeline) = message.timeline {
+            answer.timeline = timeline;
+        }
+    }
+    if answer.finish == 0 {
+        bail!("the stream ended with neither a finish reason nor an error");
+    }
+    Ok(Ok(answer))
+}
+
+/// Sends a body to the HTTP door as it is (it need not be JSON, nor UTF-8); gives status and the whole answer.
+pub async fn http_post(base: &str, path: &str, body: &[u8]) -> Result<(u16, String)> {
+    let address = base.trim_start_matches("http://");
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    Ok((status.with_context(|| format!("no HTTP status in {answer}"))?, answer))
+}

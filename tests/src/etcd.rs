@@ -1,0 +1,77 @@
+//! A real etcd server of the test's own.
+
+use crate::process::until;
+use anyhow::{Context, Result};
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+/// A running etcd with its data in a temporary folder.
+pub struct Etcd {
+    child: Child,
+    data: TempDir,
+    client_port: u16,
+    peer_port: u16,
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+impl Etcd {
+    /// Starts one on free ports and waits until it listens.
+    pub async fn start() -> Result<Self> {
+        let (client_port, peer_port) = (free_port()?, free_port()?);
+        let data = tempfile::tempdir()?;
+        let child = spawn(&data, client_port, peer_port)?;
+        let etcd = Self { child, data, client_port, peer_port };
+        etcd.wait_listening().await?;
+        Ok(etcd)
+    }
+
+    /// As `--store` wants it.
+    pub fn store(&self) -> String {
+        format!("etcd://127.0.0.1:{}", self.client_port)
+    }
+
+    /// kill -9.
+    pub async fn kill(&mut self) -> Result<()> {
+        Ok(self.child.kill().await?)
+    }
+
+    /// Starts it again on the same port; `wiped` with an empty data folder.
+    pub async fn restart(&mut self, wiped: bool) -> Result<()> {
+        self.child.kill().await.ok();
+        if wiped {
+            self.data = tempfile::tempdir()?;
+        }
+        self.child = spawn(&self.data, self.client_port, self.peer_port)?;
+        self.wait_listening().await
+    }
+
+    async fn wait_listening(&self) -> Result<()> {
+        until("etcd listens", Duration::from_secs(20), || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", self.client_port)).await.ok()
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+fn spawn(data: &TempDir, client_port: u16, peer_port: u16) -> Result<Child> {
+    let (client, peer) = (format!("http://127.0.0.1:{client_port}"), format!("http://127.0.0.1:{peer_port}"));
+    Command::new("etcd")
+        .arg("--data-dir")
+        .arg(data.path())
+        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+        .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .context("etcd is missing: run ./test.sh, or apt-get install etcd-server")
+}
