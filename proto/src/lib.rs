@@ -1,6 +1,8 @@
 //! The wire forms of Baton's gRPC services, generated from `proto/` and checked in, and their conversion to and from
 //! `baton-types`. Generated types stop at the service edge: everything behind it speaks `baton-types`.
 
+pub mod convert;
+
 /// Package `baton.v1`.
 #[allow(missing_docs, clippy::all)]
 pub mod v1 {

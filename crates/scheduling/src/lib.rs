@@ -1,1 +1,11 @@
-//! See ARCHITECTURE.md.
+//! Decisions, nothing else: which nodes serve a request, whether it is let in, what a node computes next. Pure functions
+//! of what they are given: no IO, no clock, no randomness.
+
+#![warn(missing_docs)]
+
+mod admission;
+mod route;
+pub mod step;
+
+pub use admission::{Admission, AdmissionLimits, AdmissionLoad, Refusal, admit};
+pub use route::{Decision, NodeView, Prediction, RefuseReason, RouteRequest, route};
