@@ -157,6 +157,10 @@ pub trait Path: Send + Sync {
     /// Its kind.
     fn kind(&self) -> PathKind;
 
+    /// How many connections it has, and so how many markers [`Self::fence`] sends. The receiver is told, because proof is a
+    /// marker on each of them.
+    fn connections(&self) -> u32;
+
     /// Sends extents. Resolves when all were handed to the wire, and waits first while too many bytes are in flight.
     /// Dropping the future stops what was not queued yet; what was, is sent.
     ///
