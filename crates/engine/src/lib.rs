@@ -14,7 +14,7 @@ mod model;
 mod sampling;
 
 pub use backend::{
-    Backend, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
+    Backend, InvalidStub, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
 };
 pub use config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 pub use error::{LoadError, StepError};

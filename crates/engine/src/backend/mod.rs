@@ -7,4 +7,4 @@ mod stub;
 pub(crate) use cpu::CpuBackend;
 pub use cpu::{Isa, UnknownIsa};
 pub use interface::{Backend, Slice, StepObserver, StepOutput, Unobserved, WantedLogits};
-pub use stub::{StubSpec, stub};
+pub use stub::{InvalidStub, StubSpec, stub};
