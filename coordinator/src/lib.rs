@@ -1,1 +1,12 @@
-//! See ARCHITECTURE.md.
+//! The coordinator: lets requests in, picks the nodes that serve each, and merges what they say into one stream.
+//! `api/` converts, `core/` decides (pure), `driver/` performs. See ARCHITECTURE.md for the life of a request.
+
+#![warn(missing_docs)]
+
+pub mod api;
+mod frontend;
+
+pub use frontend::{
+    ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PromptInput,
+    Timeline, Usage,
+};

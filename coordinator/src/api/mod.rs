@@ -1,0 +1,1 @@
+//! The doors. They convert between wire forms and [`crate::Frontend`]; nothing is decided here.
