@@ -182,3 +182,145 @@ fn change(command: Command, names: &[String], with: &dyn Fn(Command) -> Command)
 pub(super) fn is_switch(arg: &clap::Arg) -> bool {
     matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::SetFalse)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use std::path::Path;
+
+    #[derive(Debug, clap::Parser)]
+    struct Tool {
+        #[command(subcommand)]
+        command: Verb,
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Verb {
+        /// Serves
+        Serve(Serve),
+        /// Asks
+        Ask { question: String },
+    }
+
+    #[derive(Debug, clap::Args)]
+    struct Serve {
+        /// How much
+        #[arg(long, value_parser = crate::parse_bytes, default_value = "1GiB")]
+        test_kv_bytes: u64,
+        #[arg(long)]
+        test_role: String,
+        #[arg(long)]
+        test_verbose: bool,
+        #[arg(long, value_delimiter = ',')]
+        test_peers: Vec<String>,
+        #[arg(long)]
+        test_password: Option<String>,
+        #[command(flatten)]
+        config: ConfigOptions,
+    }
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        file
+    }
+
+    fn serve(path: &Path, more: &[&str]) -> Result<Serve, ConfigError> {
+        let mut args = vec!["tool", "serve", "--config", path.to_str().unwrap()];
+        args.extend(more);
+        parse_from::<Tool>(args).map(|tool| match tool.command {
+            Verb::Serve(serve) => serve,
+            Verb::Ask { question } => panic!("{question}"),
+        })
+    }
+
+    #[test]
+    fn the_file_lies_under_the_flags_and_over_the_defaults() {
+        let file = file(
+            "test_kv_bytes = \"2GiB\"\ntest_role = \"decode\"\ntest_verbose = true\ntest_peers = [\"a\", \"b\"]\n",
+        );
+        let options = serve(file.path(), &["--test-role", "prefill"]).unwrap();
+        assert_eq!(options.test_kv_bytes, 2 << 30);
+        assert_eq!(options.test_role, "prefill");
+        assert!(options.test_verbose);
+        assert_eq!(options.test_peers, ["a", "b"]);
+        assert_eq!(options.config.config.as_deref(), Some(file.path()));
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest() {
+        let file = file("test_kv_byte = 5\n");
+        let error = serve(file.path(), &["--test-role", "x"]).unwrap_err().to_string();
+        assert!(
+            error.contains("unknown key `test_kv_byte`; did you mean `test_kv_bytes`?"),
+            "{error}"
+        );
+        let tables = super::tests::file("[test_peers]\na = 1\n");
+        let error = serve(tables.path(), &["--test-role", "x"]).unwrap_err().to_string();
+        assert!(error.contains("`test_peers` must be"), "{error}");
+        // The file belongs to one command: keys of others are unknown, and so is the file's own flag.
+        let meta = super::tests::file("config = \"x\"\n");
+        assert!(
+            serve(meta.path(), &["--test-role", "x"])
+                .unwrap_err()
+                .to_string()
+                .contains("unknown key `config`")
+        );
+    }
+
+    #[test]
+    fn a_bad_value_says_that_it_comes_from_the_file() {
+        let file = file("test_kv_bytes = \"much\"\n");
+        let error = serve(file.path(), &["--test-role", "x"]).unwrap_err().to_string();
+        assert!(
+            error.contains("--test-kv-bytes") && error.contains("the value comes from"),
+            "{error}"
+        );
+        assert!(error.contains("512MiB"), "{error}");
+        let missing = serve(Path::new("/nowhere/baton.toml"), &[]).unwrap_err().to_string();
+        assert!(
+            missing.contains("cannot read the configuration file /nowhere/baton.toml"),
+            "{missing}"
+        );
+    }
+
+    #[test]
+    fn every_flag_has_a_variable() {
+        let command = with_environment(Tool::command());
+        let serve = command.find_subcommand("serve").unwrap();
+        let variable = |id: &str| {
+            let arg = serve.get_arguments().find(|arg| arg.get_id() == id).unwrap();
+            arg.get_env().map(|name| name.to_string_lossy().into_owned())
+        };
+        assert_eq!(variable("test_kv_bytes").as_deref(), Some("BATON_TEST_KV_BYTES"));
+        assert_eq!(variable("config").as_deref(), Some("BATON_CONFIG"));
+        assert_eq!(variable("print_config"), None);
+        command.debug_assert();
+    }
+
+    #[test]
+    fn the_printed_configuration_reads_back() {
+        let first = file("test_role = \"decode\"\ntest_password = \"hush\"\n");
+        let more = ["--print-config", "--test-kv-bytes", "4096", "--test-peers", "a,b"];
+        let Err(ConfigError::Print(toml)) = serve(first.path(), &more) else {
+            panic!("no print")
+        };
+        assert!(toml.contains("test_kv_bytes = 4096 # flag"), "{toml}");
+        assert!(toml.contains("test_role = \"decode\" # file"), "{toml}");
+        assert!(toml.contains("test_verbose = false # default"), "{toml}");
+        assert!(!toml.contains("hush"), "{toml}");
+        let again = file(&toml);
+        let options = serve(again.path(), &[]).unwrap();
+        assert_eq!((options.test_kv_bytes, options.test_role.as_str()), (4096, "decode"));
+        assert_eq!(options.test_peers, ["a", "b"]);
+    }
+
+    #[test]
+    fn commands_without_a_file_are_left_alone() {
+        let tool = parse_from::<Tool>(["tool", "ask", "why"]).unwrap();
+        assert!(matches!(tool.command, Verb::Ask { question } if question == "why"));
+        let help = parse_from::<Tool>(["tool", "serve", "--help"]).unwrap_err().to_string();
+        assert!(help.contains("BATON_TEST_KV_BYTES") && help.contains("1GiB"), "{help}");
+    }
+}
