@@ -129,7 +129,10 @@ impl ModelCard {
 
     /// The card of a stub engine: a token per byte (id = byte), ChatML, end of sequence 257.
     pub fn stub(name: &str, context_tokens: u32, engine: EngineFacts) -> Self {
-        Self { stub: true, ..Self::new(source::stub_text(name, context_tokens), engine) }
+        Self {
+            stub: true,
+            ..Self::new(source::stub_text(name, context_tokens), engine)
+        }
     }
 
     /// JSON.

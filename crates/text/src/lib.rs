@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod card;
+mod date;
 mod detokenizer;
 mod source;
 mod stop;
