@@ -1,1 +1,168 @@
-//! Publication.
+//! Bringing a node's record into the store under its lease: one pass that does whatever is missing.
+//!
+//! The lease is granted where there is none or the store has forgotten it; the record is written where it is absent or
+//! stale, by a txn that fails where somebody else wrote meanwhile; another instance's record is never overwritten.
+
+use crate::keys::nodes;
+use crate::{NodeRecord, RegisterError, Store, StoreError};
+use etcd_client::{Compare, CompareOp, Error, PutOptions, Txn, TxnOp};
+
+/// How often a pass reads again because somebody wrote between its read and its write.
+const CONFLICTS_MAX: usize = 5;
+
+/// A node's lease, and how to bring its record to stand under it.
+pub(crate) struct Publication {
+    store: Store,
+    lease: Option<i64>,
+}
+
+/// The record of another process stands under the name.
+#[derive(Debug)]
+pub(crate) struct Occupant {
+    pub(crate) record: NodeRecord,
+    pub(crate) lease: i64,
+}
+
+/// What a pass came to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The record stands.
+    Published,
+    /// Another process has the name.
+    Occupied(Box<Occupant>),
+}
+
+impl Publication {
+    pub(crate) fn new(store: Store) -> Self {
+        Self { store, lease: None }
+    }
+
+    /// Renews the lease and writes the record where it does not stand as it should.
+    pub(crate) async fn pass(&mut self, record: &NodeRecord) -> Result<Outcome, StoreError> {
+        let lease = self.live_lease().await?;
+        for _ in 0..CONFLICTS_MAX {
+            if let Some(outcome) = self.write(record, lease).await? {
+                return Ok(outcome);
+            }
+        }
+        Err(self.store.unreachable("the record changed with each attempt to write it".to_owned()))
+    }
+
+    /// Ends the lease, and with it the record. Where the store does not answer, the lease runs out by itself.
+    pub(crate) async fn revoke(&mut self) {
+        let Some(lease) = self.lease.take() else { return };
+        let revoked = self.store.call(|client| async move { client.lease_client().revoke(lease).await }).await;
+        if let Err(error) = revoked {
+            tracing::debug!(%error, "lease is left to run out");
+        }
+    }
+
+    /// How many seconds another process's lease has left; `None` where it has ended.
+    pub(crate) async fn seconds_left(&self, lease: i64) -> Result<Option<i64>, StoreError> {
+        let answer =
+            self.store.call(|client| async move { client.lease_client().time_to_live(lease, None).await }).await?;
+        Ok(Some(answer.ttl()).filter(|seconds| *seconds >= 0))
+    }
+
+    async fn live_lease(&mut self) -> Result<i64, StoreError> {
+        if let Some(lease) = self.lease {
+            if self.keep_alive(lease).await? {
+                return Ok(lease);
+            }
+            tracing::warn!("lease was lost");
+            metrics::counter!("baton_store_leases_lost_total").increment(1);
+            self.lease = None;
+            // Gives wiped data its name, so that watches see that they must begin afresh.
+            self.store.data_state().await?;
+        }
+        let seconds = i64::try_from(self.store.options().lease_ttl.as_secs()).unwrap_or(i64::MAX).max(1);
+        let granted = self.store.call(|client| async move { client.lease_client().grant(seconds, None).await }).await?;
+        self.lease = Some(granted.id());
+        Ok(granted.id())
+    }
+
+    /// Whether the store still knows the lease.
+    async fn keep_alive(&self, lease: i64) -> Result<bool, StoreError> {
+        let alive = |client: etcd_client::Client| async move {
+            match client.lease_client().keep_alive(lease).await {
+                Ok(_) => Ok(true),
+                // The store answered with TTL 0.
+                Err(Error::LeaseKeepAliveError(_)) => Ok(false),
+                Err(error) => Err(error),
+            }
+        };
+        self.store.call(alive).await
+    }
+
+    /// One read, and one write where one is needed. `None` where somebody else wrote in between.
+    async fn write(&self, record: &NodeRecord, lease: i64) -> Result<Option<Outcome>, StoreError> {
+        let cluster = &self.store.options().cluster;
+        let key = nodes::key(cluster, &record.node_id);
+        let read = key.clone();
+        let found = self.store.call(|mut client| async move { client.get(read, None).await }).await?;
+        let value = nodes::encode(record);
+        let seen = match found.kvs().first() {
+            None => 0,
+            Some(kv) if kv.value() == value && kv.lease() == lease => return Ok(Some(Outcome::Published)),
+            Some(kv) => {
+                match nodes::decode(cluster, kv.key(), kv.value()) {
+                    Ok(theirs) if theirs.instance != record.instance => {
+                        let occupant = Occupant { record: theirs, lease: kv.lease() };
+                        return Ok(Some(Outcome::Occupied(Box::new(occupant))));
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!(%error, "record is replaced"),
+                }
+                kv.mod_revision()
+            }
+        };
+        let txn = Txn::new()
+            .when([Compare::mod_revision(key.as_str(), CompareOp::Equal, seen)])
+            .and_then([TxnOp::put(key.as_str(), value, Some(PutOptions::new().with_lease(lease)))]);
+        let answer = self.store.call(|mut client| async move { client.txn(txn).await }).await?;
+        Ok(answer.succeeded().then_some(Outcome::Published))
+    }
+}
+
+/// Decides whether the process whose record stands under a name lives: its lease is renewed, or does not end in time.
+///
+/// A process that was killed leaves its record until its lease ends; its successor waits for that instead of giving up.
+pub(crate) struct Vigil {
+    last_left: Option<i64>,
+    renewals: u32,
+}
+
+impl Vigil {
+    pub(crate) fn new() -> Self {
+        Self { last_left: None, renewals: 0 }
+    }
+
+    /// Takes in what is left of the lease; true once the other is known to live. One renewal may be the store's own, after
+    /// its restart.
+    pub(crate) fn lives(&mut self, left: i64) -> bool {
+        if self.last_left.is_some_and(|last| left > last) {
+            self.renewals += 1;
+        }
+        self.last_left = Some(left);
+        self.renewals >= 2
+    }
+}
+
+impl Occupant {
+    pub(crate) fn refusal(&self) -> RegisterError {
+        RegisterError::NameTaken { node_id: self.record.node_id.clone(), by: self.record.instance }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_repeated_renewals_prove_life() {
+        let mut dead = Vigil::new();
+        assert!(![9, 9, 8, 7, 10, 9, 8, 2, 1, 0].into_iter().any(|left| dead.lives(left)));
+        let mut alive = Vigil::new();
+        assert!([9, 8, 7, 9, 8, 7, 9].into_iter().any(|left| alive.lives(left)));
+    }
+}
