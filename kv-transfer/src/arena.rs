@@ -129,7 +129,11 @@ impl Arena {
         let len = blocks
             .checked_mul(block_bytes)
             .and_then(|bytes| bytes.checked_next_multiple_of(page))
-            .filter(|bytes| bytes.checked_add(ALIGN).is_some_and(|with_slack| isize::try_from(with_slack).is_ok()))
+            .filter(|bytes| {
+                bytes
+                    .checked_add(ALIGN)
+                    .is_some_and(|with_slack| isize::try_from(with_slack).is_ok())
+            })
             .ok_or(ArenaError::TooLarge { blocks, block_bytes })?;
         let memory = sealed_memory(len)?;
         let mapping = map_aligned(&memory, len)?;
@@ -137,7 +141,12 @@ impl Arena {
         // SAFETY: the range is our own mapping; the advice changes no content.
         let _ = unsafe { rustix::mm::madvise(mapping.base.as_ptr().cast(), len, Advice::LinuxHugepage) };
         make_present(&mapping, prefault)?;
-        Ok(Arc::new(Self { mapping, memory, blocks, geometry }))
+        Ok(Arc::new(Self {
+            mapping,
+            memory,
+            blocks,
+            geometry,
+        }))
     }
 
     /// A view that keeps the memory mapped.
@@ -146,7 +155,12 @@ impl Arena {
         // and writable, and unmapped only when the last `Arc` of this arena drops. Nobody makes references into it: all
         // access is through the view's raw pointers.
         unsafe {
-            ArenaView::new(self.mapping.base, self.blocks, self.geometry, Arc::clone(self) as Arc<dyn std::any::Any + Send + Sync>)
+            ArenaView::new(
+                self.mapping.base,
+                self.blocks,
+                self.geometry,
+                Arc::clone(self) as Arc<dyn std::any::Any + Send + Sync>,
+            )
         }
     }
 
@@ -230,7 +244,13 @@ fn make_present(mapping: &Mapping, progress: &mut dyn FnMut(usize, usize)) -> Re
             Err(Errno::INTR | Errno::AGAIN) => continue,
             // A kernel older than 5.14: touch the pages.
             Err(Errno::INVAL) => touch(mapping, present, step),
-            Err(errno) => return Err(ArenaError::Prefault { bytes: total, present, errno }),
+            Err(errno) => {
+                return Err(ArenaError::Prefault {
+                    bytes: total,
+                    present,
+                    errno,
+                });
+            }
         }
         present += step;
         progress(present, total);
@@ -250,8 +270,13 @@ mod tests {
     use super::*;
     use baton_types::{BlockId, KvDtype};
 
-    const GEOMETRY: KvGeometry =
-        KvGeometry { layers: 3, kv_heads: 1, head_dim: 5, block_tokens: 16, dtype: KvDtype::F16 };
+    const GEOMETRY: KvGeometry = KvGeometry {
+        layers: 3,
+        kv_heads: 1,
+        head_dim: 5,
+        block_tokens: 16,
+        dtype: KvDtype::F16,
+    };
 
     #[test]
     fn all_of_it_is_aligned_present_and_writable() {
@@ -285,10 +310,15 @@ mod tests {
         let none = KvGeometry { layers: 0, ..GEOMETRY };
         assert!(matches!(allocate(GEOMETRY, 0), Err(ArenaError::Empty { .. })));
         assert!(matches!(allocate(none, 9), Err(ArenaError::Empty { .. })));
-        let huge = KvGeometry { layers: 1 << 20, kv_heads: 1 << 10, head_dim: 1 << 10, ..GEOMETRY };
+        let huge = KvGeometry {
+            layers: 1 << 20,
+            kv_heads: 1 << 10,
+            head_dim: 1 << 10,
+            ..GEOMETRY
+        };
         assert!(matches!(allocate(huge, u32::MAX), Err(ArenaError::TooLarge { .. })));
-        // An exabyte can be named but not mapped.
-        let refused = allocate(KvGeometry { layers: 1 << 10, ..huge }, 1 << 8).unwrap_err();
+        // Sixteen pebibytes can be named but not mapped.
+        let refused = allocate(huge, 1 << 8).unwrap_err();
         assert!(matches!(refused, ArenaError::Map { .. }), "{refused}");
         assert!(refused.to_string().contains("--kv-bytes"), "{refused}");
     }

@@ -46,7 +46,7 @@ pub enum Reject {
     /// The ordinal, the layers or the length lie outside the grant.
     #[error("extent lies outside its grant")]
     OutsideGrant,
-    /// All of it arrived before.
+    /// Some of it arrived before, or is arriving on another connection.
     #[error("extent arrived before")]
     Duplicate,
 }
@@ -67,7 +67,8 @@ impl Reject {
 /// and never wait.
 pub trait Landing: Send + Sync + 'static {
     /// Asked before a payload is received: the epoch lives, the writer is the right one, the extent is inside the grant. The
-    /// claim holds the block: it must not be given to anyone else while the claim lives.
+    /// claim holds the block: it must not be given to anyone else while the claim lives, and no two living claims overlap (a
+    /// second one for the same bytes is a [`Reject::Duplicate`]).
     ///
     /// # Errors
     /// Why the payload is to be discarded.

@@ -1,9 +1,21 @@
 //! How extents travel: one contract, one conformance suite (`tests/conformance.rs`), one folder or file per implementation.
 //!
-//! `contract` is the border to the endpoint.
+//! `contract` is the border to the endpoint. `lanes` is the sender's half that implementations share (bounds on bytes in
+//! flight, one queue per connection, fences behind data, an orderly end), `writers` the receiver's half (living connections
+//! and their end), `raw` the only unsafe code. `memory` and `tcp` carry the bytes.
 
 mod contract;
+mod lanes;
+mod local;
+mod memory;
+mod metric;
+mod raw;
+mod tcp;
+mod writers;
 
 pub use contract::{
     Claim, ConnectError, Extent, ExtentHeader, Landing, Path, PathError, Reject, SourceClaim, Transport, WriterConnection,
 };
+pub use local::Local;
+pub use memory::{MemoryNetwork, MemoryOptions, MemoryTransport, NameTaken};
+pub use tcp::{TcpOptions, TcpTransport};

@@ -1,0 +1,270 @@
+//! The only unsafe code of the transports: bytes of the arena as sources and destinations, and vectored socket calls on them.
+//!
+//! What makes it sound is in the types. A [`Source`] holds the claim that keeps its bytes from changing, a [`Destination`]
+//! holds the claim that makes this transport the only writer of its bytes (and nobody reads them before the claim landed);
+//! both keep the arena mapped. The kernel is given raw addresses, never references; the one reference that is made, for a
+//! checksum, covers bytes that nobody writes while it lives.
+
+#![allow(unsafe_code)]
+
+use super::{Claim, Extent, ExtentHeader, PathError, Reject, SourceClaim};
+use baton_types::{ArenaView, Epoch};
+use crc_fast::{CrcAlgorithm, Digest};
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+/// The checksum of RFC 3720 (iSCSI), called CRC32C.
+pub(super) const CRC32C: CrcAlgorithm = CrcAlgorithm::Crc32Iscsi;
+
+/// Most parts of one vectored call (`IOV_MAX` of Linux).
+pub(super) const PARTS_MAX: usize = 1024;
+
+/// An extent's bytes in this node's arena: they do not change while this lives.
+pub(super) struct Source {
+    start: NonNull<u8>,
+    header: ExtentHeader,
+    _claim: SourceClaim,
+    _arena: ArenaView,
+}
+
+// SAFETY: an address that stays valid while `_arena` lives, and that is only read; the other fields are Send.
+unsafe impl Send for Source {}
+// SAFETY: as above: all access through a shared `Source` is reading.
+unsafe impl Sync for Source {}
+
+impl Source {
+    /// Takes over the extent's claim.
+    ///
+    /// # Errors
+    /// Layers that the geometry does not have, or none; a block that the arena does not have.
+    pub(super) fn new(arena: &ArenaView, epoch: Epoch, extent: Extent) -> Result<Self, PathError> {
+        let geometry = arena.geometry();
+        let Extent {
+            ordinal,
+            layers,
+            source,
+            claim,
+        } = extent;
+        if layers.is_empty() || layers.end > geometry.layers {
+            return Err(PathError::NoSuchLayers {
+                ordinal,
+                layers,
+                of: geometry.layers,
+            });
+        }
+        let offset = layers.start as usize * geometry.layer_bytes();
+        let bytes = layers.len() * geometry.layer_bytes();
+        let start = arena.block_ptr(source, offset, bytes)?;
+        let len = u32::try_from(bytes).map_err(|_| PathError::NoSuchLayers {
+            ordinal,
+            layers: layers.clone(),
+            of: geometry.layers,
+        })?;
+        let header = ExtentHeader {
+            epoch,
+            ordinal,
+            layers,
+            len,
+        };
+        Ok(Self {
+            start,
+            header,
+            _claim: claim,
+            _arena: arena.clone(),
+        })
+    }
+
+    pub(super) fn header(&self) -> &ExtentHeader {
+        &self.header
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.header.len as usize
+    }
+
+    /// CRC32C of all of it.
+    pub(super) fn crc32c(&self) -> u32 {
+        // SAFETY: `start` is valid for `len` bytes while the arena lives, initialised, and the claim keeps everyone from
+        // writing them while `self` is borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len()) };
+        // The algorithm's values have 32 bits.
+        crc_fast::checksum(CRC32C, bytes) as u32
+    }
+}
+
+/// Where an extent goes: no one else reads or writes these bytes while this lives.
+pub(super) struct Destination {
+    start: NonNull<u8>,
+    len: usize,
+    claim: Box<dyn Claim>,
+    _arena: ArenaView,
+}
+
+// SAFETY: an address that stays valid while `_arena` lives and that only this value may use; the claim is Send.
+unsafe impl Send for Destination {}
+
+impl Destination {
+    /// Takes over the claim.
+    ///
+    /// # Errors
+    /// A claim that is not of the header's length or lies outside the arena: the payload is to be discarded.
+    pub(super) fn new(arena: &ArenaView, header: &ExtentHeader, claim: Box<dyn Claim>) -> Result<Self, Reject> {
+        if claim.len() != header.len as usize {
+            return Err(Reject::OutsideGrant);
+        }
+        let start = arena
+            .block_ptr(claim.block(), claim.offset(), claim.len())
+            .map_err(|_| Reject::OutsideGrant)?;
+        Ok(Self {
+            start,
+            len: claim.len(),
+            claim,
+            _arena: arena.clone(),
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Feeds `len` bytes from `from` on to a checksum.
+    ///
+    /// # Panics
+    /// Outside the destination.
+    pub(super) fn digest(&self, digest: &mut Digest, from: usize, len: usize) {
+        assert!(from <= self.len && len <= self.len - from, "digest outside its extent");
+        // SAFETY: the range was checked; the bytes are initialised (the arena is), and nobody writes them while `self`, the
+        // only one who may, is borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(from), len) };
+        digest.update(bytes);
+    }
+
+    /// Copies `len` bytes from `from` on, which have the same place in both.
+    ///
+    /// # Panics
+    /// Outside either of them.
+    pub(super) fn copy_from(&mut self, source: &Source, from: usize, len: usize) {
+        let shorter = self.len.min(source.len());
+        assert!(from <= shorter && len <= shorter - from, "copy outside its extent");
+        // SAFETY: both ranges were checked. `copy` allows overlap, which a node that hands over to itself could ask for.
+        // The source does not change and the destination is ours alone (see the types).
+        unsafe { std::ptr::copy(source.start.as_ptr().add(from), self.start.as_ptr().add(from), len) };
+    }
+
+    /// All of it is there and right: gives the claim back with that news.
+    ///
+    /// # Errors
+    /// Where the epoch died meanwhile.
+    pub(super) fn land(self) -> Result<(), Reject> {
+        self.claim.land()
+    }
+}
+
+/// Parts to send in one call.
+#[derive(Default)]
+pub(super) struct Gather<'a> {
+    parts: Vec<libc::iovec>,
+    _borrows: PhantomData<&'a Source>,
+}
+
+impl<'a> Gather<'a> {
+    pub(super) fn is_full(&self) -> bool {
+        self.parts.len() >= PARTS_MAX
+    }
+
+    pub(super) fn push_bytes(&mut self, bytes: &'a [u8]) {
+        self.push(bytes.as_ptr().cast_mut(), bytes.len());
+    }
+
+    /// The source's bytes from `from` on.
+    pub(super) fn push_source(&mut self, source: &'a Source, from: usize) {
+        assert!(from <= source.len(), "part outside its extent");
+        // SAFETY: `from` is within the extent, so the address is at most one past its end.
+        let start = unsafe { source.start.as_ptr().add(from) };
+        self.push(start, source.len() - from);
+    }
+
+    fn push(&mut self, start: *mut u8, len: usize) {
+        if len > 0 {
+            self.parts.push(libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            });
+        }
+    }
+
+    /// Sends what the socket takes now; returns how much that was.
+    ///
+    /// # Errors
+    /// What the system says, `WouldBlock` where the socket takes nothing now.
+    pub(super) fn send(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let message = message(&self.parts);
+        // SAFETY: the descriptor is open while borrowed; every part points to bytes that live and do not change for `'a`;
+        // the kernel only reads them.
+        let sent = unsafe {
+            libc::sendmsg(
+                socket.as_raw_fd(),
+                &raw const message,
+                libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// Parts to fill in one call, in order.
+#[derive(Default)]
+pub(super) struct Scatter<'a> {
+    parts: Vec<libc::iovec>,
+    _borrows: PhantomData<&'a mut Destination>,
+}
+
+impl<'a> Scatter<'a> {
+    pub(super) fn len(&self) -> usize {
+        self.parts.len()
+    }
+
+    pub(super) fn push_bytes(&mut self, bytes: &'a mut [u8]) {
+        self.push(bytes.as_mut_ptr(), bytes.len());
+    }
+
+    /// The destination's bytes from `from` on.
+    pub(super) fn push_destination(&mut self, destination: &'a mut Destination, from: usize) {
+        assert!(from <= destination.len, "part outside its extent");
+        // SAFETY: `from` is within the extent, so the address is at most one past its end.
+        let start = unsafe { destination.start.as_ptr().add(from) };
+        self.push(start, destination.len - from);
+    }
+
+    fn push(&mut self, start: *mut u8, len: usize) {
+        if len > 0 {
+            self.parts.push(libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            });
+        }
+    }
+
+    /// Receives what the socket has now, into the parts in order; returns how much that was, 0 at the stream's end.
+    ///
+    /// # Errors
+    /// What the system says, `WouldBlock` where the socket has nothing now.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut message = message(&self.parts);
+        // SAFETY: the descriptor is open while borrowed; every part points to bytes that live for `'a` and that the pushed
+        // `&mut` made ours alone; the kernel writes at most their lengths.
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+        usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+fn message(parts: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: a `msghdr` is plain integers and pointers, for all of which zero means "none".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = parts.as_ptr().cast_mut();
+    // The field is `usize` with glibc and `i32` with musl; there are at most `PARTS_MAX`.
+    message.msg_iovlen = parts.len().min(PARTS_MAX) as _;
+    message
+}

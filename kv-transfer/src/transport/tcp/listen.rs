@@ -1,0 +1,220 @@
+//! The transport itself: its listener, the receiver's end of the handshake, and its end.
+
+use super::connect::{connect, tune};
+use super::receive::{Receiver, Socket};
+use super::wire::{HELLO_BYTES, Hello, Verdict, WireError};
+use crate::transport::local::check_same;
+use crate::transport::writers::{NoEntry, WriterEntry, Writers};
+use crate::transport::{ConnectError, Local, Path, Transport, metric};
+use crate::{PathKind, Peer, WIRE_MAJOR};
+use baton_types::Instance;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+/// Connections that have not shaken hands yet, all together.
+const HANDSHAKES_MAX: usize = 256;
+/// Rest after the system refused to accept, most likely for want of descriptors.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+
+/// How a tcp transport is made.
+#[derive(Debug, Clone)]
+pub struct TcpOptions {
+    /// Where writers connect. Port 0 lets the system choose.
+    pub listen: SocketAddr,
+    /// The host that peers are told, where it is not the one listened on.
+    pub advertise: Option<String>,
+    /// Connections of each path that it opens.
+    pub connections_per_peer: usize,
+    /// Check each extent's CRC32C. On where either end wants it.
+    pub crc: bool,
+    /// Bound on connecting, handshake included.
+    pub connect_timeout: Duration,
+    /// Bound on a peer that takes nothing, or sends nothing within a frame.
+    pub progress_timeout: Duration,
+    /// Bytes queued on one path before writes wait.
+    pub bytes_in_flight_max: usize,
+}
+
+pub(super) struct Shared {
+    pub(super) options: TcpOptions,
+    pub(super) local: Local,
+    /// Ends the paths that were opened from here, the listener and the handshakes.
+    pub(super) stop: CancellationToken,
+    writers: Arc<Writers>,
+    handshakes: Arc<Semaphore>,
+    listener_ended: CancellationToken,
+    address: String,
+}
+
+/// The tcp transport of one process. Dropped without `shutdown`, it stops listening and ends its paths by and by.
+pub struct TcpTransport(Arc<Shared>);
+
+impl Drop for TcpTransport {
+    fn drop(&mut self) {
+        self.0.stop.cancel();
+    }
+}
+
+impl TcpTransport {
+    /// Listens.
+    ///
+    /// # Errors
+    /// An address that cannot be had.
+    pub async fn bind(options: TcpOptions, local: Local) -> io::Result<Self> {
+        let listener = TcpListener::bind(options.listen).await?;
+        let bound = listener.local_addr()?;
+        let address = match &options.advertise {
+            Some(host) if host.contains(':') && !host.starts_with('[') => format!("tcp://[{host}]:{}", bound.port()),
+            Some(host) => format!("tcp://{host}:{}", bound.port()),
+            None => format!("tcp://{bound}"),
+        };
+        let shared = Arc::new(Shared {
+            writers: Writers::new(PathKind::Tcp, Arc::clone(&local.landing)),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            stop: CancellationToken::new(),
+            listener_ended: CancellationToken::new(),
+            options,
+            local,
+            address,
+        });
+        let accepting = Arc::clone(&shared);
+        shared.local.supervisor.spawn("transfer-tcp-accept", async move {
+            let _ended = accepting.listener_ended.clone().drop_guard();
+            tokio::select! {
+                biased;
+                () = accepting.stop.cancelled() => {}
+                () = accept(&accepting, &listener) => {}
+            }
+        });
+        Ok(Self(shared))
+    }
+}
+
+impl Transport for TcpTransport {
+    fn path(&self) -> PathKind {
+        PathKind::Tcp
+    }
+
+    fn address(&self) -> String {
+        self.0.address.clone()
+    }
+
+    fn connect(&self, peer: &Peer, address: &str) -> BoxFuture<'_, Result<Arc<dyn Path>, ConnectError>> {
+        let (wanted, address) = (peer.instance, address.to_owned());
+        async move { connect(&self.0, wanted, &address).await }.boxed()
+    }
+
+    fn disconnect_instance(&self, instance: Instance) -> BoxFuture<'_, ()> {
+        self.0.writers.disconnect(Some(instance)).boxed()
+    }
+
+    fn shutdown(&self) -> BoxFuture<'_, ()> {
+        async {
+            self.0.stop.cancel();
+            self.0.listener_ended.cancelled().await;
+            self.0.writers.shutdown().await;
+            // Every handshake holds a permit until it became a writer or ended.
+            let _ = self.0.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
+        }
+        .boxed()
+    }
+}
+
+async fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
+    loop {
+        // Taken before accepting, so that the backlog of the system holds what is too much.
+        let Ok(permit) = Arc::clone(&shared.handshakes).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, from)) => {
+                let serving = Arc::clone(shared);
+                let serve = async move { serve(serving, stream, from, permit).await };
+                shared.local.supervisor.spawn("transfer-tcp-receive", serve);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a data connection");
+                shared.local.clock.sleep(ACCEPT_REST).await;
+            }
+        }
+    }
+}
+
+/// One incoming connection, from its first byte to its end.
+async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, permit: OwnedSemaphorePermit) {
+    let waited = shared.options.connect_timeout;
+    let shaken = tokio::select! {
+        biased;
+        () = shared.stop.cancelled() => return,
+        shaken = shared.local.clock.timeout(waited, shake(&shared, stream)) => shaken,
+    };
+    drop(permit);
+    match shaken {
+        Ok(Ok(receiver)) => receiver.run().await,
+        Ok(Err(reason)) => tracing::debug!(%from, reason, "data connection refused"),
+        Err(_) => tracing::debug!(%from, ?waited, "data connection did not shake hands"),
+    }
+}
+
+/// The receiver's end of the handshake.
+///
+/// # Errors
+/// Why there is no connection, in words for the log; the writer was told where it speaks Baton at all.
+async fn shake(shared: &Shared, mut stream: TcpStream) -> Result<Receiver, &'static str> {
+    let options = &shared.options;
+    tune(&stream, options.progress_timeout).map_err(|_| "its socket options cannot be set")?;
+    let mut asking = [0; HELLO_BYTES];
+    stream
+        .read_exact(&mut asking)
+        .await
+        .map_err(|_| "it closed before it said who it is")?;
+    let ours = &shared.local.identity;
+    let (to, judged) = match Hello::decode(&asking) {
+        Ok(hello) => (
+            hello.from,
+            judge(shared, &hello).map(|entry| (entry, options.crc || hello.crc)),
+        ),
+        Err(WireError::Major { .. }) => (Instance(0), Err((Verdict::Refused, "it speaks another wire version"))),
+        Err(WireError::Magic | WireError::Checksum { .. } | WireError::Field { .. }) => {
+            metric::malformed(PathKind::Tcp);
+            return Err("it is none of Baton's");
+        }
+    };
+    let verdict = judged
+        .as_ref()
+        .map_or_else(|(verdict, _)| *verdict, |_| Verdict::Accepted);
+    let answer = Hello::new(ours, to, options.crc, verdict);
+    let told = stream.write_all(&answer.encode()).await;
+    let (entry, crc) = judged.map_err(|(_, reason)| reason)?;
+    let socket = Socket {
+        stream,
+        clock: shared.local.clock,
+        progress_timeout: options.progress_timeout,
+        stop: entry.stopped().clone(),
+    };
+    let receiver = Receiver::new(socket, crc, shared.local.arena.clone(), entry);
+    told.map_err(|_| "it closed before it was answered")?;
+    Ok(receiver)
+}
+
+/// Whether this writer may write here.
+fn judge(shared: &Shared, hello: &Hello) -> Result<WriterEntry, (Verdict, &'static str)> {
+    let ours = &shared.local.identity;
+    if hello.to != ours.instance {
+        return Err((Verdict::Refused, "it means another process instance"));
+    }
+    check_same(ours, WIRE_MAJOR, &hello.fingerprint, &hello.geometry)
+        .map_err(|_| (Verdict::Refused, "its model or geometry is another"))?;
+    shared.writers.enter(hello.from).map_err(|no_entry| match no_entry {
+        NoEntry::Full => (Verdict::Full, "there are too many data connections"),
+        NoEntry::ShuttingDown => (Verdict::Refused, "this transport is shutting down"),
+    })
+}

@@ -1,0 +1,16 @@
+//! KV over TCP: several connections per pair of processes, extents straight from arena to arena.
+//!
+//! `wire` is the format (and the only place that knows it), `connect` and `listen` the two ends of the handshake, `send` and
+//! `receive` the two ends of a connection. Nothing is staged: the kernel copies out of source blocks and into destination
+//! blocks, many extents to one system call. Data flows one way; a connection that fails or ends is never resumed.
+
+mod connect;
+mod listen;
+mod receive;
+mod send;
+mod wire;
+
+#[cfg(test)]
+mod hostile_test;
+
+pub use listen::{TcpOptions, TcpTransport};
