@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod api;
+mod core;
 mod frontend;
 
 pub use frontend::{

@@ -1,0 +1,375 @@
+//! A cluster in miniature whose nodes answer in any order, fail at any point, repeat themselves and fall silent. Whatever
+//! happens, the client's stream has no gap and no repeat, and ends once.
+
+use super::*;
+use crate::{ApiCode, ApiError};
+use baton_types::{Attempt, FinishReason, Instance, NodeId, Ticket, TokenLogprobs};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, VecDeque};
+
+const NODES: u64 = 3;
+
+/// The token that every healthy node draws at an index.
+fn token_at(index: usize) -> u32 {
+    (index as u32) * 7 + 3
+}
+
+#[derive(Debug)]
+struct Stream {
+    coming: VecDeque<Event>,
+    /// For a decode leg: what it opened with. For a prefill leg: whom it serves.
+    ticket: Ticket,
+    base: usize,
+    committed: bool,
+    attempt: Attempt,
+    prefill: bool,
+    started: bool,
+}
+
+struct World {
+    request: Request,
+    max_tokens: usize,
+    logprobs: bool,
+    streams: BTreeMap<Leg, Stream>,
+    place: Option<Option<Instance>>,
+    grace: bool,
+    delivered: Vec<u32>,
+    outcome: Option<Outcome>,
+    opened: usize,
+}
+
+fn failure(choice: u8) -> Failure {
+    let kinds = [
+        FailureKind::Died,
+        FailureKind::Unreachable,
+        FailureKind::Full { peer: false },
+        FailureKind::Full { peer: true },
+        FailureKind::Failed { peer: false },
+        FailureKind::Failed { peer: true },
+        FailureKind::Rejected,
+        FailureKind::Deadline,
+        FailureKind::Fatal,
+    ];
+    Failure {
+        kind: kinds[choice as usize % kinds.len()],
+        message: "simulated".into(),
+    }
+}
+
+impl World {
+    fn new(max_tokens: usize, logprobs: bool) -> Self {
+        let (request, effects) = Request::new(RequestSpec {
+            max_tokens,
+            logprobs,
+            eos_tokens: [].into(),
+        });
+        let mut world = Self {
+            request,
+            max_tokens,
+            logprobs,
+            streams: BTreeMap::new(),
+            place: None,
+            grace: false,
+            delivered: Vec::new(),
+            outcome: None,
+            opened: 0,
+        };
+        world.perform(effects);
+        world
+    }
+
+    fn logprobs_of(&self, tokens: usize) -> Vec<TokenLogprobs> {
+        if self.logprobs {
+            vec![TokenLogprobs::default(); tokens]
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// What a decode leg says once it owns the context, in two batches that overlap.
+    fn rest(&self, leg: Leg, from: usize) -> VecDeque<Event> {
+        let mut events = VecDeque::new();
+        let batch = |first_index: usize, end: usize| TokenBatch {
+            first_index,
+            tokens: (first_index..end).map(token_at).collect(),
+            logprobs: self.logprobs_of(end - first_index),
+        };
+        for index in (from..self.max_tokens).step_by(2) {
+            let end = (index + 2).min(self.max_tokens);
+            let first = index.saturating_sub(1).max(from);
+            events.push_back(Event::Decode(
+                leg,
+                DecodeEvent::Tokens {
+                    batch: batch(first, end),
+                    local: None,
+                },
+            ));
+        }
+        let reason = FinishReason::Length;
+        events.push_back(Event::Decode(
+            leg,
+            DecodeEvent::Finished {
+                reason,
+                decoded_tokens: 1,
+                decode_us: 1,
+            },
+        ));
+        events
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            assert!(self.outcome.is_none(), "{effect:?} after the end");
+            match effect {
+                Effect::Place { keep_decode } => self.place = Some(keep_decode),
+                Effect::OpenDecode {
+                    leg,
+                    attempt,
+                    local_prefill,
+                    ..
+                } => {
+                    self.opened += 1;
+                    let ticket = Ticket(u128::from(leg.0));
+                    let base = self.request.generated().len();
+                    let peer = Peer {
+                        node: NodeId::new("d"),
+                        instance: Instance(9),
+                        addresses: Vec::new(),
+                    };
+                    let accepted = Event::Decode(leg, DecodeEvent::Accepted { ticket, peer });
+                    let mut coming = VecDeque::from([accepted]);
+                    if local_prefill {
+                        coming.extend(self.rest(leg, base));
+                    }
+                    let stream = Stream {
+                        coming,
+                        ticket,
+                        base,
+                        committed: local_prefill,
+                        attempt,
+                        prefill: false,
+                        started: false,
+                    };
+                    assert!(self.streams.insert(leg, stream).is_none());
+                }
+                Effect::OpenPrefill {
+                    leg,
+                    ticket,
+                    attempt,
+                    base,
+                    ..
+                } => {
+                    let last = base + 1 == self.max_tokens;
+                    let first = FirstToken {
+                        index: base,
+                        token: token_at(base),
+                        logprobs: self.logprobs.then(TokenLogprobs::default),
+                        finish: last.then_some(FinishReason::Length),
+                        prefill_us: 1,
+                        prefill_tokens: 1,
+                    };
+                    let started = PrefillEvent::Started {
+                        queue_us: 1,
+                        cached_tokens: 0,
+                    };
+                    let over = PrefillEvent::HandedOver {
+                        path: "x".into(),
+                        bytes: 1,
+                        exposed_us: 1,
+                        reserve_us: 1,
+                    };
+                    let coming = [started, PrefillEvent::FirstToken(first), over].map(|e| Event::Prefill(leg, e));
+                    let stream = Stream {
+                        coming: coming.into(),
+                        ticket,
+                        base,
+                        committed: false,
+                        attempt,
+                        prefill: true,
+                        started: false,
+                    };
+                    assert!(self.streams.insert(leg, stream).is_none());
+                }
+                Effect::Supersede { leg, attempt } => {
+                    self.streams.get_mut(&leg).expect("the leg is open").attempt = attempt;
+                }
+                Effect::Close(leg) => {
+                    // It may have ended by itself, but a leg is never closed that was not opened.
+                    assert!(self.streams.remove(&leg).is_some() || (leg.0 as usize) < 64);
+                }
+                Effect::Deliver(batch) => {
+                    assert_eq!(batch.first_index, self.delivered.len(), "gap or repeat");
+                    assert!(!batch.tokens.is_empty());
+                    assert_eq!(batch.logprobs.len(), if self.logprobs { batch.tokens.len() } else { 0 });
+                    self.delivered.extend(batch.tokens);
+                }
+                Effect::NodeFailed { .. } | Effect::NodeFull(_) => {}
+                Effect::StartGrace => self.grace = true,
+                Effect::End(outcome) => self.outcome = Some(outcome),
+            }
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        let mut effects = Vec::new();
+        self.request.on(event, 1, &mut effects);
+        self.perform(effects);
+    }
+
+    /// A writer whose attempt the receiver still wants has everything there once its second event is out.
+    fn commits(&mut self) {
+        let writers: Vec<(Ticket, Attempt)> = self
+            .streams
+            .values()
+            .filter(|s| s.prefill && s.started)
+            .map(|s| (s.ticket, s.attempt))
+            .collect();
+        let mut committed = Vec::new();
+        for (leg, stream) in &mut self.streams {
+            let ready = !stream.prefill && !stream.committed && writers.contains(&(stream.ticket, stream.attempt));
+            if ready {
+                stream.committed = true;
+                committed.push((*leg, stream.base, stream.attempt));
+            }
+        }
+        for (leg, base, attempt) in committed {
+            let index = base;
+            let event = DecodeEvent::Committed {
+                attempt,
+                index,
+                token: token_at(base),
+                handover_bytes: 5,
+            };
+            let mut events = VecDeque::from([Event::Decode(leg, event)]);
+            events.extend(self.rest(leg, base + 1));
+            if let Some(stream) = self.streams.get_mut(&leg) {
+                stream.coming.extend(events);
+            }
+        }
+    }
+
+    fn place(&mut self, choice: u8) {
+        let Some(keep) = self.place.take() else { return };
+        let free = |id: &u64| !self.request.excluded().contains(&Instance(*id));
+        let node = |id: u64| Node {
+            id: NodeId::new(format!("n{id}")),
+            instance: Instance(id),
+        };
+        let prefill: Vec<u64> = (0..NODES).filter(free).collect();
+        let decode: Vec<u64> = (10..10 + NODES).filter(free).collect();
+        let kept = keep.map(|instance| instance.0).filter(|id| decode.contains(id));
+        let decode = kept.or_else(|| decode.get(choice as usize % decode.len().max(1)).copied());
+        let event = match (prefill.get(choice as usize % prefill.len().max(1)), decode) {
+            (_, None) => Event::NotPlaced(ApiError::new(ApiCode::Unavailable, "no decode node is ready")),
+            (None, Some(decode)) => Event::Placed(Placement::Alone { decode: node(decode) }),
+            (Some(prefill), Some(decode)) => Event::Placed(Placement::Pair {
+                prefill: node(*prefill),
+                decode: node(decode),
+            }),
+        };
+        self.tell(event);
+    }
+
+    fn step(&mut self, (what, choice): (u8, u8)) {
+        self.commits();
+        let legs: Vec<Leg> = self.streams.keys().copied().collect();
+        let leg = (!legs.is_empty()).then(|| legs[choice as usize % legs.len()]);
+        match (what, leg) {
+            (0..=1, Some(leg)) => {
+                let prefill = self.streams.remove(&leg).expect("listed").prefill;
+                let failure = failure(choice / 8);
+                self.tell(if prefill {
+                    Event::Prefill(leg, PrefillEvent::Failed(failure))
+                } else {
+                    Event::Decode(leg, DecodeEvent::Failed(failure))
+                });
+            }
+            (2, _) if std::mem::take(&mut self.grace) => self.tell(Event::GraceOver),
+            (3, _) if choice < 8 => self.tell(Event::Cancelled),
+            (3, _) if choice < 16 => self.tell(Event::DeadlinePassed),
+            (4..=30, _) => self.place(choice),
+            (_, Some(leg)) => {
+                let stream = self.streams.get_mut(&leg).expect("listed");
+                let Some(event) = stream.coming.pop_front() else { return };
+                stream.started = true;
+                self.tell(event);
+            }
+            (_, None) => {}
+        }
+    }
+
+    /// Lets everything that is still coming come, in order; nothing fails any more.
+    fn settle(&mut self) {
+        for _ in 0..10_000 {
+            if self.outcome.is_some() {
+                return;
+            }
+            self.commits();
+            self.place(0);
+            let next = self
+                .streams
+                .iter()
+                .find(|(_, s)| !s.coming.is_empty())
+                .map(|(leg, _)| *leg);
+            match next {
+                Some(leg) => {
+                    let stream = self.streams.get_mut(&leg).expect("found");
+                    stream.started = true;
+                    let event = stream.coming.pop_front().expect("not empty");
+                    self.tell(event);
+                }
+                None if std::mem::take(&mut self.grace) => self.tell(Event::GraceOver),
+                None => {}
+            }
+        }
+        panic!("it hangs: {:?} with {:?}", self.request, self.streams);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn every_stream_is_whole_and_ends_once(
+        max_tokens in 1usize..9,
+        logprobs: bool,
+        steps in proptest::collection::vec((0u8..120, any::<u8>()), 0..80),
+    ) {
+        let mut world = World::new(max_tokens, logprobs);
+        for step in steps {
+            if world.outcome.is_none() {
+                world.step(step);
+            }
+        }
+        world.settle();
+        let expected: Vec<u32> = (0..world.delivered.len()).map(token_at).collect();
+        prop_assert_eq!(&world.delivered, &expected);
+        prop_assert!(world.streams.is_empty(), "left open: {:?}", world.streams);
+        match world.outcome.as_ref().expect("settled") {
+            Outcome::Finished { reason: FinishReason::Length, completion_tokens, timeline, .. } => {
+                prop_assert_eq!(world.delivered.len(), max_tokens);
+                prop_assert_eq!(*completion_tokens, max_tokens);
+                prop_assert!(timeline.attempts <= 3);
+            }
+            Outcome::Finished { reason, completion_tokens, .. } => {
+                prop_assert_eq!(*reason, FinishReason::Cancelled);
+                prop_assert_eq!(*completion_tokens, world.delivered.len());
+            }
+            Outcome::Failed(_) => {}
+        }
+    }
+
+    /// Whatever happened before, what nobody touches any more ends well.
+    #[test]
+    fn without_faults_it_finishes(max_tokens in 1usize..9, logprobs: bool, order in proptest::collection::vec(any::<u8>(), 0..60)) {
+        let mut world = World::new(max_tokens, logprobs);
+        for choice in order {
+            if world.outcome.is_none() {
+                world.step((if choice % 3 == 0 { 4 } else { 100 }, choice));
+            }
+        }
+        world.settle();
+        prop_assert_eq!(world.delivered.len(), max_tokens);
+        prop_assert_eq!(world.opened, 1);
+    }
+}
