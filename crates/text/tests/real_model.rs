@@ -99,6 +99,15 @@ fn text_comes_back_exactly() {
 }
 
 #[test]
+fn long_runs_come_back_exactly() {
+    for run in [" ", "a", "1", "\n", " \n", "é", "!", "汉", "ab ", "<"] {
+        let text = run.repeat(100_000) + "x";
+        let ids = TOKENIZER.encode(&text, false).unwrap();
+        assert!(TOKENIZER.decode(&ids) == text, "a run of {run:?}");
+    }
+}
+
+#[test]
 fn the_card_says_what_the_file_says() {
     let card = &*CARD;
     assert_eq!(card.name, model().file_stem().unwrap().to_string_lossy());

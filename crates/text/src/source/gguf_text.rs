@@ -109,11 +109,11 @@ fn merges(metadata: &Metadata) -> Result<Vec<(&str, &str)>, CardError> {
         .ok_or_else(|| metadata.invalid(MERGES, "is missing"))?;
     let pair =
         |merge| cut(merge).ok_or_else(|| metadata.invalid(MERGES, format!("contains {merge:?}, which is no pair")));
-    merges.iter().map(pair).collect()
+    merges.iter().map(String::as_str).map(pair).collect()
 }
 
 /// At the first space that is not the first character.
-fn cut(merge: &String) -> Option<(&str, &str)> {
+fn cut(merge: &str) -> Option<(&str, &str)> {
     let first = merge.chars().next()?.len_utf8();
     let at = first + merge[first..].find(' ')?;
     Some((&merge[..at], &merge[at + 1..]))
@@ -152,9 +152,9 @@ mod tests {
 
     #[test]
     fn merges_are_cut_at_the_first_inner_space() {
-        assert_eq!(cut(&"Ġ t".to_owned()), Some(("Ġ", "t")));
-        assert_eq!(cut(&"  a".to_owned()), Some((" ", "a")));
-        assert_eq!(cut(&"ab".to_owned()), None);
-        assert_eq!(cut(&String::new()), None);
+        assert_eq!(cut("Ġ t"), Some(("Ġ", "t")));
+        assert_eq!(cut("  a"), Some((" ", "a")));
+        assert_eq!(cut("ab"), None);
+        assert_eq!(cut(""), None);
     }
 }
