@@ -1,1 +1,3 @@
 //! The doors. They convert between wire forms and [`crate::Frontend`]; nothing is decided here.
+
+pub mod http;
