@@ -16,7 +16,10 @@ pub(crate) struct Backoff {
 impl Backoff {
     /// Pauses grow up to `max`.
     pub(crate) fn new(max: Duration) -> Self {
-        Self { bound: FIRST.min(max), max }
+        Self {
+            bound: FIRST.min(max),
+            max,
+        }
     }
 
     /// The next pause: between half and all of a bound that doubles each time.

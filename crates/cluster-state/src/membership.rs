@@ -4,8 +4,8 @@
 //! lacks are *doubted* and not gone: they stay for one more lease, and go only where the store, reachable all that time,
 //! did not see them come back.
 
-use crate::watch::MembershipEvent;
 use crate::NodeRecord;
+use crate::watch::MembershipEvent;
 use baton_node_runtime::Moment;
 use baton_types::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,10 @@ pub(crate) struct Membership {
 impl Membership {
     /// The store's whole contents, of the same data as before.
     pub(crate) fn snapshot(&mut self, records: Vec<NodeRecord>) -> MembershipEvent {
-        self.members = records.into_iter().map(|record| (record.node_id.clone(), record)).collect();
+        self.members = records
+            .into_iter()
+            .map(|record| (record.node_id.clone(), record))
+            .collect();
         self.doubted.clear();
         self.doubt_ends = None;
         MembershipEvent::Snapshot(self.members.values().cloned().collect())
@@ -48,7 +51,10 @@ impl Membership {
     pub(crate) fn gone(&mut self, node_id: &NodeId) -> Option<MembershipEvent> {
         self.doubted.remove(node_id);
         let record = self.members.remove(node_id)?;
-        Some(MembershipEvent::Gone { node_id: record.node_id, instance: record.instance })
+        Some(MembershipEvent::Gone {
+            node_id: record.node_id,
+            instance: record.instance,
+        })
     }
 
     /// The store was away: time in which nobody could register does not count.
@@ -87,7 +93,13 @@ mod tests {
             card_digest: String::new(),
             fingerprint: ModelFingerprint([0; 32]),
             numerics: NumericsId(String::new()),
-            geometry: KvGeometry { layers: 1, kv_heads: 1, head_dim: 1, block_tokens: 16, dtype: KvDtype::F16 },
+            geometry: KvGeometry {
+                layers: 1,
+                kv_heads: 1,
+                head_dim: 1,
+                block_tokens: 16,
+                dtype: KvDtype::F16,
+            },
             host_id: String::new(),
             build: String::new(),
             stub: true,
@@ -98,7 +110,10 @@ mod tests {
     }
 
     fn gone(name: &str, instance: u64) -> MembershipEvent {
-        MembershipEvent::Gone { node_id: NodeId::new(name), instance: Instance(instance) }
+        MembershipEvent::Gone {
+            node_id: NodeId::new(name),
+            instance: Instance(instance),
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -123,7 +138,10 @@ mod tests {
     fn a_snapshot_of_the_same_data_is_the_truth() {
         let mut members = Membership::default();
         members.snapshot(vec![record("a", 1), record("b", 2)]);
-        assert_eq!(members.snapshot(vec![record("b", 3)]), MembershipEvent::Snapshot(vec![record("b", 3)]));
+        assert_eq!(
+            members.snapshot(vec![record("b", 3)]),
+            MembershipEvent::Snapshot(vec![record("b", 3)])
+        );
         assert_eq!(members.gone(&NodeId::new("a")), None);
     }
 }

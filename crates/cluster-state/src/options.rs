@@ -41,8 +41,13 @@ impl FromStr for StoreAddress {
     type Err = InvalidAddress;
 
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
-        let fail = |problem: String| InvalidAddress { text: text.to_owned(), problem };
-        let rest = text.strip_prefix("etcd://").ok_or_else(|| fail("it does not begin with etcd://".into()))?;
+        let fail = |problem: String| InvalidAddress {
+            text: text.to_owned(),
+            problem,
+        };
+        let rest = text
+            .strip_prefix("etcd://")
+            .ok_or_else(|| fail("it does not begin with etcd://".into()))?;
         let mut endpoints = Vec::new();
         for endpoint in rest.split(',').map(|part| part.trim().trim_end_matches('/')) {
             let Some((host, port)) = endpoint.rsplit_once(':') else {
@@ -75,17 +80,23 @@ impl FromStr for Credentials {
     /// From `USER:PASSWORD`, as `--etcd-user` takes it.
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         match text.split_once(':') {
-            Some((user, password)) if !user.is_empty() => {
-                Ok(Self { user: user.to_owned(), password: password.to_owned() })
-            }
-            _ => Err(InvalidAddress { text: "***".to_owned(), problem: "expected USER:PASSWORD".to_owned() }),
+            Some((user, password)) if !user.is_empty() => Ok(Self {
+                user: user.to_owned(),
+                password: password.to_owned(),
+            }),
+            _ => Err(InvalidAddress {
+                text: "***".to_owned(),
+                problem: "expected USER:PASSWORD".to_owned(),
+            }),
         }
     }
 }
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").field("user", &self.user).finish_non_exhaustive()
+        f.debug_struct("Credentials")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
     }
 }
 
@@ -135,12 +146,24 @@ mod tests {
         let address: StoreAddress = "etcd://a:2379,10.0.0.2:2379".parse().unwrap();
         assert_eq!(address.endpoints(), ["a:2379", "10.0.0.2:2379"]);
         assert_eq!(address.to_string(), "etcd://a:2379,10.0.0.2:2379");
-        assert_eq!("etcd://[::1]:2379/".parse::<StoreAddress>().unwrap().endpoints(), ["[::1]:2379"]);
+        assert_eq!(
+            "etcd://[::1]:2379/".parse::<StoreAddress>().unwrap().endpoints(),
+            ["[::1]:2379"]
+        );
     }
 
     #[test]
     fn what_is_no_address_is_refused() {
-        for text in ["", "a:2379", "http://a:2379", "etcd://", "etcd://a", "etcd://a:0", "etcd://a:b", "etcd://a:1,"] {
+        for text in [
+            "",
+            "a:2379",
+            "http://a:2379",
+            "etcd://",
+            "etcd://a",
+            "etcd://a:0",
+            "etcd://a:b",
+            "etcd://a:1,",
+        ] {
             let error = text.parse::<StoreAddress>().unwrap_err();
             assert!(error.to_string().contains("etcd://HOST:PORT"), "{error}");
         }
@@ -151,6 +174,12 @@ mod tests {
         let user: Credentials = "root:se:cret".parse().unwrap();
         assert_eq!(user.password, "se:cret");
         assert!(!format!("{user:?}").contains("se:cret"));
-        assert!(!"secret".parse::<Credentials>().unwrap_err().to_string().contains("secret"));
+        assert!(
+            !"secret"
+                .parse::<Credentials>()
+                .unwrap_err()
+                .to_string()
+                .contains("secret")
+        );
     }
 }

@@ -45,13 +45,18 @@ impl Publication {
                 return Ok(outcome);
             }
         }
-        Err(self.store.unreachable("the record changed with each attempt to write it".to_owned()))
+        Err(self
+            .store
+            .unreachable("the record changed with each attempt to write it".to_owned()))
     }
 
     /// Ends the lease, and with it the record. Where the store does not answer, the lease runs out by itself.
     pub(crate) async fn revoke(&mut self) {
         let Some(lease) = self.lease.take() else { return };
-        let revoked = self.store.call(|client| async move { client.lease_client().revoke(lease).await }).await;
+        let revoked = self
+            .store
+            .call(|client| async move { client.lease_client().revoke(lease).await })
+            .await;
         if let Err(error) = revoked {
             tracing::debug!(%error, "lease is left to run out");
         }
@@ -59,8 +64,10 @@ impl Publication {
 
     /// How many seconds another process's lease has left; `None` where it has ended.
     pub(crate) async fn seconds_left(&self, lease: i64) -> Result<Option<i64>, StoreError> {
-        let answer =
-            self.store.call(|client| async move { client.lease_client().time_to_live(lease, None).await }).await?;
+        let answer = self
+            .store
+            .call(|client| async move { client.lease_client().time_to_live(lease, None).await })
+            .await?;
         Ok(Some(answer.ttl()).filter(|seconds| *seconds >= 0))
     }
 
@@ -75,8 +82,13 @@ impl Publication {
             // Gives wiped data its name, so that watches see that they must begin afresh.
             self.store.data_state().await?;
         }
-        let seconds = i64::try_from(self.store.options().lease_ttl.as_secs()).unwrap_or(i64::MAX).max(1);
-        let granted = self.store.call(|client| async move { client.lease_client().grant(seconds, None).await }).await?;
+        let seconds = i64::try_from(self.store.options().lease_ttl.as_secs())
+            .unwrap_or(i64::MAX)
+            .max(1);
+        let granted = self
+            .store
+            .call(|client| async move { client.lease_client().grant(seconds, None).await })
+            .await?;
         self.lease = Some(granted.id());
         Ok(granted.id())
     }
@@ -99,7 +111,10 @@ impl Publication {
         let cluster = &self.store.options().cluster;
         let key = nodes::key(cluster, &record.node_id);
         let read = key.clone();
-        let found = self.store.call(|mut client| async move { client.get(read, None).await }).await?;
+        let found = self
+            .store
+            .call(|mut client| async move { client.get(read, None).await })
+            .await?;
         let value = nodes::encode(record);
         let seen = match found.kvs().first() {
             None => 0,
@@ -107,7 +122,10 @@ impl Publication {
             Some(kv) => {
                 match nodes::decode(cluster, kv.key(), kv.value()) {
                     Ok(theirs) if theirs.instance != record.instance => {
-                        let occupant = Occupant { record: theirs, lease: kv.lease() };
+                        let occupant = Occupant {
+                            record: theirs,
+                            lease: kv.lease(),
+                        };
                         return Ok(Some(Outcome::Occupied(Box::new(occupant))));
                     }
                     Ok(_) => {}
@@ -118,8 +136,15 @@ impl Publication {
         };
         let txn = Txn::new()
             .when([Compare::mod_revision(key.as_str(), CompareOp::Equal, seen)])
-            .and_then([TxnOp::put(key.as_str(), value, Some(PutOptions::new().with_lease(lease)))]);
-        let answer = self.store.call(|mut client| async move { client.txn(txn).await }).await?;
+            .and_then([TxnOp::put(
+                key.as_str(),
+                value,
+                Some(PutOptions::new().with_lease(lease)),
+            )]);
+        let answer = self
+            .store
+            .call(|mut client| async move { client.txn(txn).await })
+            .await?;
         Ok(answer.succeeded().then_some(Outcome::Published))
     }
 }
@@ -134,7 +159,10 @@ pub(crate) struct Vigil {
 
 impl Vigil {
     pub(crate) fn new() -> Self {
-        Self { last_left: None, renewals: 0 }
+        Self {
+            last_left: None,
+            renewals: 0,
+        }
     }
 
     /// Takes in what is left of the lease; true once the other is known to live. One renewal may be the store's own, after
@@ -150,7 +178,10 @@ impl Vigil {
 
 impl Occupant {
     pub(crate) fn refusal(&self) -> RegisterError {
-        RegisterError::NameTaken { node_id: self.record.node_id.clone(), by: self.record.instance }
+        RegisterError::NameTaken {
+            node_id: self.record.node_id.clone(),
+            by: self.record.instance,
+        }
     }
 }
 

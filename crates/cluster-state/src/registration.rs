@@ -43,7 +43,9 @@ impl Store {
     /// Where a living process has the name, the name cannot stand in a key, or the store refuses.
     pub async fn register(&self, record: NodeRecord) -> Result<Registration, RegisterError> {
         if record.node_id.as_str().is_empty() || record.node_id.as_str().contains('/') {
-            return Err(RegisterError::InvalidName { node_id: record.node_id });
+            return Err(RegisterError::InvalidName {
+                node_id: record.node_id,
+            });
         }
         let mut publication = Publication::new(self.clone());
         if let Err(error) = self.publish_first(&mut publication, &record).await {
@@ -54,9 +56,20 @@ impl Store {
         let wanted = watch::Sender::new(Wanted { record, version: 0 });
         let (published, published_rx) = watch::channel(Some(0));
         let (stop, stopped) = oneshot::channel();
-        let keeper = Keeper { store: self.clone(), publication, wanted: wanted.subscribe(), published };
+        let keeper = Keeper {
+            store: self.clone(),
+            publication,
+            wanted: wanted.subscribe(),
+            published,
+        };
         let task = self.supervisor().spawn("node-registration", keeper.run(stopped));
-        Ok(Registration { store: self.clone(), wanted, published: published_rx, stop, task })
+        Ok(Registration {
+            store: self.clone(),
+            wanted,
+            published: published_rx,
+            stop,
+            task,
+        })
     }
 
     async fn publish_first(&self, publication: &mut Publication, record: &NodeRecord) -> Result<(), RegisterError> {

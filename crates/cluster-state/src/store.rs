@@ -1,9 +1,9 @@
 //! The connection to a store: every call goes through [`Store::call`], which bounds it in time, tells errors apart and
 //! builds the connection anew after a failure, so that no state of a broken one outlives an outage.
 
-use crate::keys::store_id::{self, StoreId};
-use crate::keys::embedded_owner;
 use crate::embedded::EMBEDDED_CLUSTER_ID;
+use crate::keys::embedded_owner;
+use crate::keys::store_id::{self, StoreId};
 use crate::{ClaimError, StoreError, StoreOptions};
 use baton_node_runtime::{Clock, Supervisor};
 use baton_types::Instance;
@@ -55,7 +55,10 @@ impl Store {
     /// Where nobody answers in time, access is refused, or options do not fit together.
     pub async fn connect(options: StoreOptions, clock: Clock, supervisor: Supervisor) -> Result<Self, StoreError> {
         if options.cluster.is_empty() || options.cluster.contains('/') {
-            return Err(StoreError::InvalidOption { option: "--cluster", problem: "must not be empty or hold a `/`" });
+            return Err(StoreError::InvalidOption {
+                option: "--cluster",
+                problem: "must not be empty or hold a `/`",
+            });
         }
         let connect = connect_options(&options)?;
         let deadline = clock.now() + options.connect_timeout;
@@ -107,12 +110,17 @@ impl Store {
             .and_then([TxnOp::put(key, embedded_owner::encode(instance), None)])
             .or_else([TxnOp::get(key, None)]);
         let answer = self.call(|mut client| async move { client.txn(txn).await }).await?;
-        let Some(value) = first_value(&answer.op_responses()) else { return Ok(()) };
+        let Some(value) = first_value(&answer.op_responses()) else {
+            return Ok(());
+        };
         let owner = embedded_owner::decode(&value).map_err(StoreError::from)?;
         if owner == instance {
             return Ok(());
         }
-        Err(ClaimError::EmbeddedElsewhere { address: self.options().address.to_string(), owner })
+        Err(ClaimError::EmbeddedElsewhere {
+            address: self.options().address.to_string(),
+            owner,
+        })
     }
 
     pub(crate) fn options(&self) -> &StoreOptions {
@@ -158,7 +166,12 @@ impl Store {
         F: Future<Output = Result<T, Error>>,
     {
         let whole = async { call(self.client().await?).await };
-        let answer = match self.0.clock.timeout(CALL_TIMEOUT.min(self.options().connect_timeout), whole).await {
+        let answer = match self
+            .0
+            .clock
+            .timeout(CALL_TIMEOUT.min(self.options().connect_timeout), whole)
+            .await
+        {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(self.explain(&error)),
             Err(_) => Err(self.unreachable("no answer in time".to_owned())),
@@ -196,7 +209,9 @@ impl Store {
         match status.code() {
             Code::Unauthenticated | Code::PermissionDenied => StoreError::Denied { address, reason },
             // etcd answers a wrong password and a missing user with these words.
-            Code::InvalidArgument if reason.contains("authentication failed") || reason.contains("user name is empty") => {
+            Code::InvalidArgument
+                if reason.contains("authentication failed") || reason.contains("user name is empty") =>
+            {
                 StoreError::Denied { address, reason }
             }
             Code::InvalidArgument
@@ -218,7 +233,10 @@ impl Store {
     }
 
     pub(crate) fn unreachable(&self, reason: String) -> StoreError {
-        StoreError::Unreachable { address: self.options().address.to_string(), reason }
+        StoreError::Unreachable {
+            address: self.options().address.to_string(),
+            reason,
+        }
     }
 
     async fn client(&self) -> Result<Client, Error> {
@@ -250,12 +268,18 @@ fn connect_options(options: &StoreOptions) -> Result<ConnectOptions, StoreError>
         connect = connect.with_user(&user.user, &user.password);
     }
     let read = |option: &'static str, path: &Path| {
-        std::fs::read(path)
-            .map_err(|error| StoreError::TlsFile { option, path: path.to_owned(), reason: error.to_string() })
+        std::fs::read(path).map_err(|error| StoreError::TlsFile {
+            option,
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })
     };
     match (&options.ca, &options.cert, &options.key) {
         (None, None, None) => Ok(connect),
-        (None, _, _) => Err(StoreError::InvalidOption { option: "--etcd-ca", problem: "is needed for TLS" }),
+        (None, _, _) => Err(StoreError::InvalidOption {
+            option: "--etcd-ca",
+            problem: "is needed for TLS",
+        }),
         (Some(ca), cert, key) => {
             let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read("--etcd-ca", ca)?));
             match (cert, key) {
@@ -286,7 +310,11 @@ fn whole_reason(error: &Error) -> String {
     while let Some(inner) = cause {
         let text = inner.to_string();
         if !reason.contains(&text) {
-            reason = if reason.is_empty() { text } else { format!("{reason}: {text}") };
+            reason = if reason.is_empty() {
+                text
+            } else {
+                format!("{reason}: {text}")
+            };
         }
         cause = inner.source();
     }

@@ -6,15 +6,13 @@
 //! ahead of events.
 
 use crate::backoff::Backoff;
-use crate::keys::{nodes, store_id::StoreId};
+use crate::keys::nodes;
 use crate::membership::Membership;
-use crate::{NodeRecord, Store, StoreError};
+use crate::store::DataState;
+use crate::{NodeRecord, Store, StoreError, StoreId};
 use baton_node_runtime::Moment;
 use baton_types::{Instance, NodeId};
-use etcd_client::{
-    Event, EventType, GetOptions, KeyValue, ResponseHeader, SortOrder, SortTarget, WatchOptions, WatchResponse,
-    WatchStream,
-};
+use etcd_client::{Event, EventType, GetOptions, KeyValue, ResponseHeader, WatchOptions, WatchResponse, WatchStream};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -52,8 +50,12 @@ impl Store {
     /// Watches the members for as long as the process lives.
     pub fn watch_nodes(&self) -> NodeWatch {
         let (sender, events) = mpsc::channel(EVENTS_WAITING);
-        let watcher =
-            Watcher { store: self.clone(), membership: Membership::default(), position: None, events: sender };
+        let watcher = Watcher {
+            store: self.clone(),
+            membership: Membership::default(),
+            position: None,
+            events: sender,
+        };
         self.supervisor().spawn("node-watch", watcher.run());
         NodeWatch { events }
     }
@@ -74,6 +76,14 @@ impl NodeWatch {
 struct Position {
     store_id: StoreId,
     revision: i64,
+    compacted: bool,
+}
+
+impl Position {
+    /// It is a place in these data.
+    fn lies_in(&self, data: &DataState) -> bool {
+        self.store_id == data.store_id && self.revision <= data.revision
+    }
 }
 
 struct Watcher {
@@ -115,7 +125,9 @@ impl Watcher {
                 Ended::Unheard => return,
                 Ended::Compacted => {
                     tracing::info!("node watch fell behind a compaction");
-                    self.position = None;
+                    if let Some(position) = &mut self.position {
+                        position.compacted = true;
+                    }
                 }
                 Ended::Failed(error) => {
                     self.store.disconnect();
@@ -141,10 +153,9 @@ impl Watcher {
     async fn follow(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
         let state = self.store.data_state().await?;
         self.membership.extend_doubt(self.doubt_ends());
-        let known = self.position.filter(|at| at.store_id == state.store_id && at.revision <= state.revision);
-        let position = match known {
-            Some(position) => position,
-            None => self.take_snapshot(state.store_id).await?,
+        let position = match self.position {
+            Some(position) if position.lies_in(&state) && !position.compacted => position,
+            Some(_) | None => self.take_snapshot(&state).await?,
         };
         let mut stream = self.open(position.revision).await?;
         backoff.reset();
@@ -182,7 +193,7 @@ impl Watcher {
     }
 
     /// Reads all records as of one revision, page by page.
-    async fn take_snapshot(&mut self, store_id: StoreId) -> Result<Position, Ended> {
+    async fn take_snapshot(&mut self, data: &DataState) -> Result<Position, Ended> {
         let prefix = nodes::prefix(&self.store.options().cluster);
         let end = prefix_end(&prefix);
         let mut from = prefix.into_bytes();
@@ -192,10 +203,12 @@ impl Watcher {
             let options = GetOptions::new()
                 .with_range(end.clone())
                 .with_limit(PAGE_RECORDS)
-                .with_sort(SortTarget::Key, SortOrder::Ascend)
                 .with_revision(revision);
             let key = from.clone();
-            let page = self.store.call(|mut client| async move { client.get(key, Some(options)).await }).await;
+            let page = self
+                .store
+                .call(|mut client| async move { client.get(key, Some(options)).await })
+                .await;
             let page = match page {
                 // Compacted between two pages.
                 Err(StoreError::Refused { .. }) if revision > 0 => return Err(Ended::Compacted),
@@ -212,10 +225,14 @@ impl Watcher {
         }
         let doubt_ends = self.doubt_ends();
         let event = match self.position {
-            Some(_) => self.membership.fresh_data(records, doubt_ends),
-            None => self.membership.snapshot(records),
+            Some(position) if !position.lies_in(data) => self.membership.fresh_data(records, doubt_ends),
+            Some(_) | None => self.membership.snapshot(records),
         };
-        let position = Position { store_id, revision };
+        let position = Position {
+            store_id: data.store_id,
+            revision,
+            compacted: false,
+        };
         self.position = Some(position);
         metrics::counter!("baton_store_snapshots_total").increment(1);
         self.emit(event).await?;
@@ -225,7 +242,8 @@ impl Watcher {
     async fn open(&self, after: i64) -> Result<WatchStream, Ended> {
         let prefix = nodes::prefix(&self.store.options().cluster);
         let options = WatchOptions::new().with_prefix().with_start_revision(after + 1);
-        let open = |client: etcd_client::Client| async move { client.watch_client().watch(prefix, Some(options)).await };
+        let open =
+            |client: etcd_client::Client| async move { client.watch_client().watch(prefix, Some(options)).await };
         let mut stream = self.store.call(open).await?;
         let created = self.store.clock().timeout(CREATED_TIMEOUT, stream.message()).await;
         let created = created.map_err(|_| self.store.unreachable("the watch is not confirmed".to_owned()))?;
@@ -244,7 +262,10 @@ impl Watcher {
         if response.canceled() && response.compact_revision() > 0 {
             Err(Ended::Compacted)
         } else if response.canceled() {
-            Err(self.store.unreachable(format!("the watch was cancelled: {}", response.cancel_reason())).into())
+            Err(self
+                .store
+                .unreachable(format!("the watch was cancelled: {}", response.cancel_reason()))
+                .into())
         } else {
             Ok(())
         }

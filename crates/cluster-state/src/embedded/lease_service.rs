@@ -25,7 +25,12 @@ impl PbLeaseService for LeaseService {
         let (answer, header) = self.0.with(|state, now| state.grant(id, ttl, now));
         let (id, ttl) = answer?;
         self.0.wake_lease_task();
-        Ok(Response::new(PbLeaseGrantResponse { header: Some(header), id, ttl, error: String::new() }))
+        Ok(Response::new(PbLeaseGrantResponse {
+            header: Some(header),
+            id,
+            ttl,
+            error: String::new(),
+        }))
     }
 
     async fn lease_revoke(
@@ -46,7 +51,11 @@ impl PbLeaseService for LeaseService {
         let answers = request.into_inner().map(move |request| {
             let id = request?.id;
             let (ttl, header) = shared.with(|state, now| state.keep_alive(id, now));
-            Ok(PbLeaseKeepAliveResponse { header: Some(header), id, ttl })
+            Ok(PbLeaseKeepAliveResponse {
+                header: Some(header),
+                id,
+                ttl,
+            })
         });
         Ok(Response::new(answers.take_until(shutdown.cancelled_owned()).boxed()))
     }
@@ -57,7 +66,11 @@ impl PbLeaseService for LeaseService {
     ) -> Result<Response<PbLeaseTimeToLiveResponse>, Status> {
         let PbLeaseTimeToLiveRequest { id, keys } = request.into_inner();
         let (lease, header) = self.0.with(|state, now| state.lease(id, now));
-        let answer = PbLeaseTimeToLiveResponse { header: Some(header), id, ..PbLeaseTimeToLiveResponse::default() };
+        let answer = PbLeaseTimeToLiveResponse {
+            header: Some(header),
+            id,
+            ..PbLeaseTimeToLiveResponse::default()
+        };
         Ok(Response::new(match lease {
             Some(lease) => PbLeaseTimeToLiveResponse {
                 ttl: lease.left_seconds,
@@ -69,13 +82,12 @@ impl PbLeaseService for LeaseService {
         }))
     }
 
-    async fn lease_leases(
-        &self,
-        _: Request<PbLeaseLeasesRequest>,
-    ) -> Result<Response<PbLeaseLeasesResponse>, Status> {
+    async fn lease_leases(&self, _: Request<PbLeaseLeasesRequest>) -> Result<Response<PbLeaseLeasesResponse>, Status> {
         let (ids, header) = self.0.with(|state, _| state.lease_ids());
         let leases = ids.into_iter().map(|id| PbLeaseStatus { id }).collect();
-        Ok(Response::new(PbLeaseLeasesResponse { header: Some(header), leases }))
+        Ok(Response::new(PbLeaseLeasesResponse {
+            header: Some(header),
+            leases,
+        }))
     }
 }
-

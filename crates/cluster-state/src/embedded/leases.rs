@@ -46,7 +46,14 @@ impl Leases {
         }
         let ttl_seconds = ttl_seconds.max(1);
         let expires = expiry(now, ttl_seconds);
-        self.leases.insert(id, Lease { ttl_seconds, expires, keys: BTreeSet::new() });
+        self.leases.insert(
+            id,
+            Lease {
+                ttl_seconds,
+                expires,
+                keys: BTreeSet::new(),
+            },
+        );
         self.due.insert((expires, id));
         Ok((id, ttl_seconds))
     }
@@ -69,7 +76,11 @@ impl Leases {
 
     /// The leases that have run out.
     pub(super) fn expired(&self, now: Moment) -> Vec<i64> {
-        self.due.iter().take_while(|(expires, _)| *expires <= now).map(|(_, id)| *id).collect()
+        self.due
+            .iter()
+            .take_while(|(expires, _)| *expires <= now)
+            .map(|(_, id)| *id)
+            .collect()
     }
 
     /// When the next one runs out.

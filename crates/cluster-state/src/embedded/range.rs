@@ -24,7 +24,10 @@ impl KeyRange {
             [0] => End::Open,
             end => End::Before(end.to_vec()),
         };
-        Self { from: key.to_vec(), end }
+        Self {
+            from: key.to_vec(),
+            end,
+        }
     }
 
     pub(super) fn contains(&self, key: &[u8]) -> bool {

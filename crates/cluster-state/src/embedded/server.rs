@@ -39,7 +39,9 @@ impl EmbeddedStore {
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared::new(clock, supervisor));
         let expiring = Arc::clone(&shared);
-        shared.supervisor.spawn("embedded-store-leases", async move { expiring.expire_leases().await });
+        shared
+            .supervisor
+            .spawn("embedded-store-leases", async move { expiring.expire_leases().await });
         let serving = Arc::clone(&shared);
         shared.supervisor.spawn("embedded-store", async move {
             let shutdown = serving.shutdown.clone();
@@ -50,8 +52,13 @@ impl EmbeddedStore {
                 .add_service(PbLeaseServer::new(LeaseService(Arc::clone(&serving))))
                 .add_service(PbWatchServer::new(WatchService(Arc::clone(&serving))));
             let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            if let Err(error) = server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await {
-                serving.supervisor.fail(format!("the embedded store on {address} failed: {error}"));
+            if let Err(error) = server
+                .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
+                .await
+            {
+                serving
+                    .supervisor
+                    .fail(format!("the embedded store on {address} failed: {error}"));
             }
         });
         tracing::info!(%address, "embedded store listens");
@@ -95,7 +102,8 @@ impl Shared {
         state.expire(now);
         let answer = request(&mut state, now);
         let revision = state.history().revision();
-        self.revision.send_if_modified(|known| std::mem::replace(known, revision) != revision);
+        self.revision
+            .send_if_modified(|known| std::mem::replace(known, revision) != revision);
         (answer, header(revision))
     }
 
@@ -123,5 +131,10 @@ impl Shared {
 }
 
 pub(super) fn header(revision: i64) -> PbResponseHeader {
-    PbResponseHeader { cluster_id: EMBEDDED_CLUSTER_ID, member_id: 1, revision, raft_term: 1 }
+    PbResponseHeader {
+        cluster_id: EMBEDDED_CLUSTER_ID,
+        member_id: 1,
+        revision,
+        raft_term: 1,
+    }
 }

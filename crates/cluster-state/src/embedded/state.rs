@@ -27,7 +27,10 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(retention: Retention) -> Self {
-        Self { history: History::new(retention), leases: Leases::default() }
+        Self {
+            history: History::new(retention),
+            leases: Leases::default(),
+        }
     }
 
     pub(super) fn history(&self) -> &History {
@@ -54,8 +57,15 @@ impl State {
     }
 
     pub(super) fn txn(&mut self, request: PbTxnRequest) -> Result<PbTxnResponse, Refusal> {
-        let PbTxnRequest { compare, success, failure } = request;
-        if [compare.len(), success.len(), failure.len()].into_iter().any(|count| count > TXN_OPS_MAX) {
+        let PbTxnRequest {
+            compare,
+            success,
+            failure,
+        } = request;
+        if [compare.len(), success.len(), failure.len()]
+            .into_iter()
+            .any(|count| count > TXN_OPS_MAX)
+        {
             return Err(Refusal::TooManyOps);
         }
         check_duplicates(&success)?;
@@ -86,10 +96,16 @@ impl State {
                 }
                 PbTxnOpRequest::RequestTxn(_) => return Err(Refusal::NestedTxn),
             };
-            responses.push(PbResponseOp { response: Some(response) });
+            responses.push(PbResponseOp {
+                response: Some(response),
+            });
         }
         self.history.commit();
-        Ok(PbTxnResponse { header: None, succeeded, responses })
+        Ok(PbTxnResponse {
+            header: None,
+            succeeded,
+            responses,
+        })
     }
 
     pub(super) fn compact(&mut self, revision: i64) -> Result<(), Refusal> {
@@ -164,7 +180,10 @@ impl State {
         let range = KeyRange::new(&request.key, &request.range_end);
         let found = self.history.range(&range, request.revision);
         if request.count_only {
-            return PbRangeResponse { count: count(found.count()), ..PbRangeResponse::default() };
+            return PbRangeResponse {
+                count: count(found.count()),
+                ..PbRangeResponse::default()
+            };
         }
         let mut found: Vec<&Arc<PbKeyValue>> = found.collect();
         let count = count(found.len());
@@ -176,36 +195,62 @@ impl State {
                 && below(request.max_create_revision, kv.create_revision)
         });
         sort(&mut found, request);
-        let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
+        let limit = usize::try_from(request.limit)
+            .ok()
+            .filter(|limit| *limit > 0)
+            .unwrap_or(usize::MAX);
         let more = found.len() > limit;
         let kvs = found
             .into_iter()
             .take(limit)
             .map(|kv| {
-                let value = if request.keys_only { Vec::new() } else { kv.value.clone() };
-                PbKeyValue { key: kv.key.clone(), value, ..**kv }
+                let value = if request.keys_only {
+                    Vec::new()
+                } else {
+                    kv.value.clone()
+                };
+                PbKeyValue {
+                    key: kv.key.clone(),
+                    value,
+                    ..**kv
+                }
             })
             .collect();
-        PbRangeResponse { header: None, kvs, more, count }
+        PbRangeResponse {
+            header: None,
+            kvs,
+            more,
+            count,
+        }
     }
 
     fn do_put(&mut self, request: PbPutRequest) -> PbPutResponse {
         let present = self.history.get(&request.key).cloned();
         let lease_before = present.as_ref().map_or(0, |kv| kv.lease);
-        let lease = if request.ignore_lease { lease_before } else { request.lease };
+        let lease = if request.ignore_lease {
+            lease_before
+        } else {
+            request.lease
+        };
         let value = match &present {
             Some(kv) if request.ignore_value => kv.value.clone(),
             Some(_) | None => request.value,
         };
         self.leases.attach(&request.key, lease_before, lease);
         let before = self.history.put(&request.key, value, lease);
-        PbPutResponse { header: None, prev_kv: before.filter(|_| request.prev_kv).map(|kv| kv.as_ref().clone()) }
+        PbPutResponse {
+            header: None,
+            prev_kv: before.filter(|_| request.prev_kv).map(|kv| kv.as_ref().clone()),
+        }
     }
 
     fn do_delete_range(&mut self, request: &PbDeleteRequest) -> PbDeleteResponse {
         let range = KeyRange::new(&request.key, &request.range_end);
         let doomed: Vec<Vec<u8>> = self.history.range(&range, 0).map(|kv| kv.key.clone()).collect();
-        let mut response = PbDeleteResponse { deleted: count(doomed.len()), ..PbDeleteResponse::default() };
+        let mut response = PbDeleteResponse {
+            deleted: count(doomed.len()),
+            ..PbDeleteResponse::default()
+        };
         for key in doomed {
             if let Some(before) = self.history.delete(&key) {
                 self.leases.attach(&key, before.lease, 0);
@@ -273,7 +318,11 @@ fn check_duplicates(ops: &[PbTxnRequestOp]) -> Result<(), Refusal> {
     puts.sort_unstable();
     let twice = puts.windows(2).any(|pair| pair[0] == pair[1]);
     let deleted = puts.iter().any(|key| deletes.iter().any(|range| range.contains(key)));
-    if twice || deleted { Err(Refusal::DuplicateKey) } else { Ok(()) }
+    if twice || deleted {
+        Err(Refusal::DuplicateKey)
+    } else {
+        Ok(())
+    }
 }
 
 fn sort(found: &mut [&Arc<PbKeyValue>], request: &PbRangeRequest) {
@@ -297,11 +346,20 @@ mod tests {
     use std::time::Duration;
 
     fn put(key: &str, lease: i64) -> PbPutRequest {
-        PbPutRequest { key: key.into(), value: b"v".to_vec(), lease, ..PbPutRequest::default() }
+        PbPutRequest {
+            key: key.into(),
+            value: b"v".to_vec(),
+            lease,
+            ..PbPutRequest::default()
+        }
     }
 
     fn keys(state: &State) -> Vec<String> {
-        let all = PbRangeRequest { key: vec![0], range_end: vec![0], ..PbRangeRequest::default() };
+        let all = PbRangeRequest {
+            key: vec![0],
+            range_end: vec![0],
+            ..PbRangeRequest::default()
+        };
         let found = state.range(&all).unwrap().kvs;
         found.into_iter().map(|kv| String::from_utf8(kv.key).unwrap()).collect()
     }
@@ -317,7 +375,12 @@ mod tests {
         }
         state.put(put("b", 2)).unwrap();
         state.put(put("c", 0)).unwrap();
-        state.delete_range(&PbDeleteRequest { key: b"d".to_vec(), ..PbDeleteRequest::default() }).unwrap();
+        state
+            .delete_range(&PbDeleteRequest {
+                key: b"d".to_vec(),
+                ..PbDeleteRequest::default()
+            })
+            .unwrap();
         state.put(put("d", 0)).unwrap();
         let revision = state.history().revision();
         state.expire(now + Duration::from_secs(4));
@@ -336,12 +399,18 @@ mod tests {
         let mut state = State::new(Retention::default());
         let op = |request| PbTxnRequestOp { request: Some(request) };
         let twice = PbTxnRequest {
-            success: vec![op(PbTxnOpRequest::RequestPut(put("a", 0))), op(PbTxnOpRequest::RequestPut(put("a", 0)))],
+            success: vec![
+                op(PbTxnOpRequest::RequestPut(put("a", 0))),
+                op(PbTxnOpRequest::RequestPut(put("a", 0))),
+            ],
             ..PbTxnRequest::default()
         };
         assert_eq!(state.txn(twice), Err(Refusal::DuplicateKey));
         let late_fault = PbTxnRequest {
-            success: vec![op(PbTxnOpRequest::RequestPut(put("a", 0))), op(PbTxnOpRequest::RequestPut(put("b", 9)))],
+            success: vec![
+                op(PbTxnOpRequest::RequestPut(put("a", 0))),
+                op(PbTxnOpRequest::RequestPut(put("b", 9))),
+            ],
             ..PbTxnRequest::default()
         };
         assert_eq!(state.txn(late_fault), Err(Refusal::LeaseNotFound));

@@ -31,12 +31,13 @@ pub(super) struct WatchService(pub(super) Arc<Shared>);
 impl PbWatchService for WatchService {
     type WatchStream = ReceiverStream<Result<PbWatchResponse, Status>>;
 
-    async fn watch(
-        &self,
-        request: Request<Streaming<PbWatchRequest>>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<Streaming<PbWatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
         let (responses, stream) = mpsc::channel(16);
-        let task = WatchTask { shared: Arc::clone(&self.0), watches: BTreeMap::new(), responses };
+        let task = WatchTask {
+            shared: Arc::clone(&self.0),
+            watches: BTreeMap::new(),
+            responses,
+        };
         self.0.supervisor.spawn("embedded-store-watch", async move {
             // It ends with its client or with the store; neither is worth a word.
             let _ = task.run(request.into_inner()).await;
@@ -104,7 +105,10 @@ impl WatchTask {
             let watches = &mut self.watches;
             let ((responses, revision), _) = self.shared.with(|state, _| {
                 let history = state.history();
-                let responses: Vec<_> = watches.iter_mut().filter_map(|(id, watch)| watch.advance(*id, history)).collect();
+                let responses: Vec<_> = watches
+                    .iter_mut()
+                    .filter_map(|(id, watch)| watch.advance(*id, history))
+                    .collect();
                 (responses, history.revision())
             });
             if responses.is_empty() {
@@ -124,27 +128,57 @@ impl WatchTask {
             None => Ok(()),
             Some(PbWatchRequestUnion::ProgressRequest(_)) => {
                 let delivered = self.deliver().await?;
-                self.send(PbWatchResponse { watch_id: NO_WATCH, ..response(delivered) }).await
+                self.send(PbWatchResponse {
+                    watch_id: NO_WATCH,
+                    ..response(delivered)
+                })
+                .await
             }
             Some(PbWatchRequestUnion::CancelRequest(cancel)) => {
                 if self.watches.remove(&cancel.watch_id).is_none() {
                     return Ok(());
                 }
                 let revision = *self.shared.revision.borrow();
-                self.send(PbWatchResponse { watch_id: cancel.watch_id, canceled: true, ..response(revision) }).await
+                self.send(PbWatchResponse {
+                    watch_id: cancel.watch_id,
+                    canceled: true,
+                    ..response(revision)
+                })
+                .await
             }
             Some(PbWatchRequestUnion::CreateRequest(create)) => {
                 let ((), header) = self.shared.with(|_, _| ());
-                let created = PbWatchResponse { header: Some(header), created: true, ..PbWatchResponse::default() };
-                let watch_id = if create.watch_id == 0 { self.free_id() } else { create.watch_id };
+                let created = PbWatchResponse {
+                    header: Some(header),
+                    created: true,
+                    ..PbWatchResponse::default()
+                };
+                let watch_id = if create.watch_id == 0 {
+                    self.free_id()
+                } else {
+                    create.watch_id
+                };
                 if self.watches.contains_key(&watch_id) || watch_id < 0 {
                     let cancel_reason = "mvcc: duplicate watch ID provided on the WatchStream".to_owned();
-                    let refused = PbWatchResponse { watch_id: NO_WATCH, canceled: true, cancel_reason, ..created };
+                    let refused = PbWatchResponse {
+                        watch_id: NO_WATCH,
+                        canceled: true,
+                        cancel_reason,
+                        ..created
+                    };
                     return self.send(refused).await;
                 }
-                let from = if create.key.is_empty() { &[0] } else { create.key.as_slice() };
+                let from = if create.key.is_empty() {
+                    &[0]
+                } else {
+                    create.key.as_slice()
+                };
                 let wanted = |filter: WatchFilterType| !create.filters.contains(&(filter as i32));
-                let next = if create.start_revision > 0 { create.start_revision } else { header.revision + 1 };
+                let next = if create.start_revision > 0 {
+                    create.start_revision
+                } else {
+                    header.revision + 1
+                };
                 let watch = Watch {
                     range: KeyRange::new(from, &create.range_end),
                     next,
@@ -191,11 +225,22 @@ impl Watch {
             }
             self.next = revision.number + 1;
         }
-        let response = PbWatchResponse { watch_id, events, ..response(history.revision()) };
-        if response.events.is_empty() { None } else { Some(response) }
+        let response = PbWatchResponse {
+            watch_id,
+            events,
+            ..response(history.revision())
+        };
+        if response.events.is_empty() {
+            None
+        } else {
+            Some(response)
+        }
     }
 }
 
 fn response(revision: i64) -> PbWatchResponse {
-    PbWatchResponse { header: Some(header(revision)), ..PbWatchResponse::default() }
+    PbWatchResponse {
+        header: Some(header(revision)),
+        ..PbWatchResponse::default()
+    }
 }

@@ -21,9 +21,13 @@ pub fn encode(owner: Instance) -> Vec<u8> {
 /// # Errors
 /// Where it is no instance.
 pub fn decode(value: &[u8]) -> Result<Instance, UnreadableValue> {
-    let fail = |problem: String| UnreadableValue { key: KEY.to_owned(), problem };
+    let fail = |problem: String| UnreadableValue {
+        key: KEY.to_owned(),
+        problem,
+    };
     let text = std::str::from_utf8(value).map_err(|error| fail(error.to_string()))?;
-    text.parse().map_err(|error: baton_types::ParseIdError| fail(error.to_string()))
+    text.parse()
+        .map_err(|error: baton_types::ParseIdError| fail(error.to_string()))
 }
 
 #[cfg(test)]

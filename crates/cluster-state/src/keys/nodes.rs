@@ -61,7 +61,9 @@ pub fn key(cluster: &str, node_id: &NodeId) -> String {
 /// The node that a key names; `None` where it is no key of this kind.
 pub fn node_of(cluster: &str, key: &[u8]) -> Option<NodeId> {
     let rest = key.strip_prefix(prefix(cluster).as_bytes())?;
-    let name = std::str::from_utf8(rest).ok().filter(|name| !name.is_empty() && !name.contains('/'))?;
+    let name = std::str::from_utf8(rest)
+        .ok()
+        .filter(|name| !name.is_empty() && !name.contains('/'))?;
     Some(NodeId::new(name))
 }
 
@@ -75,7 +77,10 @@ pub fn encode(record: &NodeRecord) -> Vec<u8> {
 /// # Errors
 /// Where it is no record, or names another node than its key.
 pub fn decode(cluster: &str, key: &[u8], value: &[u8]) -> Result<NodeRecord, UnreadableValue> {
-    let fail = |problem: String| UnreadableValue { key: String::from_utf8_lossy(key).into_owned(), problem };
+    let fail = |problem: String| UnreadableValue {
+        key: String::from_utf8_lossy(key).into_owned(),
+        problem,
+    };
     let record: NodeRecord = serde_json::from_slice(value).map_err(|error| fail(error.to_string()))?;
     if node_of(cluster, key).as_ref() == Some(&record.node_id) {
         Ok(record)
@@ -151,7 +156,12 @@ mod tests {
     #[test]
     fn keys_of_other_kinds_name_no_node() {
         assert_eq!(key("default", &NodeId::new("p0")), "/baton/v1/default/nodes/p0");
-        for key in ["/baton/v1/c/nodes/", "/baton/v1/c/nodes/a/b", "/baton/v1/d/nodes/a", "/baton/v1/c/store_id"] {
+        for key in [
+            "/baton/v1/c/nodes/",
+            "/baton/v1/c/nodes/a/b",
+            "/baton/v1/d/nodes/a",
+            "/baton/v1/c/store_id",
+        ] {
             assert_eq!(node_of("c", key.as_bytes()), None, "{key}");
         }
     }

@@ -49,7 +49,10 @@ pub fn encode(id: StoreId) -> Vec<u8> {
 /// # Errors
 /// Where it is not 32 hexadecimal digits.
 pub fn decode(key: &str, value: &[u8]) -> Result<StoreId, UnreadableValue> {
-    let fail = || UnreadableValue { key: key.to_owned(), problem: "expected 32 hexadecimal digits".to_owned() };
+    let fail = || UnreadableValue {
+        key: key.to_owned(),
+        problem: "expected 32 hexadecimal digits".to_owned(),
+    };
     let text = std::str::from_utf8(value).map_err(|_| fail())?;
     if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(fail());

@@ -1,0 +1,12 @@
+//! What Baton needs of a store, run on the embedded one and on a real etcd: whoever passes may hold a cluster's state.
+//!
+//! The raw protocol comes first (`kv`, `lease`, `watch`), then what this crate makes of it (`nodes`, `outage`).
+
+mod backend;
+mod kv;
+mod lease;
+mod nodes;
+mod outage;
+mod proxy;
+mod support;
+mod watch;
