@@ -1,5 +1,5 @@
-//! What a process tells the program that started it: one line of JSON per event on standard output, which carries nothing
-//! else. Logs go to standard error.
+//! What a process tells the program that started it: one line of JSON on standard output, which carries
+//! nothing else. Logs go to standard error.
 
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -27,43 +27,27 @@ pub struct Announcement {
     pub store: Option<String>,
 }
 
-/// A line of standard output.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
-    /// It serves.
+enum Event {
     Ready(Announcement),
-    /// It loads a model.
-    Loading {
-        /// Bytes done.
-        done: u64,
-        /// Bytes in all.
-        total: u64,
-    },
 }
 
 /// Tells that the process serves. Call it once, when it does.
 pub fn ready(announcement: &Announcement) {
-    write_line(&Event::Ready(announcement.clone()));
-}
-
-/// Tells how far loading is, in bytes. Call it a few times a second at most.
-pub fn loading(done: u64, total: u64) {
-    write_line(&Event::Loading { done, total });
-}
-
-/// The event in a line of a child's standard output; none where the line is no event.
-pub fn parse(line: &str) -> Option<Event> {
-    serde_json::from_str(line).ok()
-}
-
-fn write_line(event: &Event) {
-    if let Ok(mut line) = serde_json::to_string(event) {
+    if let Ok(mut line) = serde_json::to_string(&Event::Ready(announcement.clone())) {
         line.push('\n');
         let mut stdout = std::io::stdout().lock();
         // Nobody may be listening, which is no reason to stop serving.
         let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
     }
+}
+
+/// The announcement in a line of a child's standard output; none where the line is something else.
+pub fn parse(line: &str) -> Option<Announcement> {
+    serde_json::from_str(line)
+        .ok()
+        .map(|Event::Ready(announcement)| announcement)
 }
 
 #[cfg(test)]
@@ -84,11 +68,8 @@ mod tests {
             line,
             r#"{"event":"ready","role":"prefill","node_id":"prefill-1","pid":7,"grpc":"127.0.0.1:1"}"#
         );
-        assert_eq!(parse(&line), Some(Event::Ready(announcement)));
+        assert_eq!(parse(&line), Some(announcement));
         assert_eq!(parse("hello"), None);
-        assert_eq!(
-            parse(r#"{"event":"loading","done":1,"total":2}"#),
-            Some(Event::Loading { done: 1, total: 2 })
-        );
+        assert_eq!(parse("{\"event\":\"other\"}"), None);
     }
 }

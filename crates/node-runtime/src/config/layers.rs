@@ -214,7 +214,7 @@ mod tests {
         test_verbose: bool,
         #[arg(long, value_delimiter = ',')]
         test_peers: Vec<String>,
-        #[arg(long)]
+        #[arg(long, hide_env_values = true)]
         test_password: Option<String>,
         #[command(flatten)]
         config: ConfigOptions,

@@ -6,7 +6,8 @@ use clap::{ArgAction, ArgMatches, Command};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-/// The effective configuration of a command as TOML. Secrets are left out.
+/// The effective configuration of a command as TOML. Secrets, which are the flags whose
+/// environment values clap hides, are left out.
 pub(super) fn effective(command: &Command, matches: &ArgMatches, from_file: &BTreeSet<String>) -> String {
     let mut out = String::new();
     for arg in command.get_arguments() {
@@ -27,7 +28,7 @@ pub(super) fn effective(command: &Command, matches: &ArgMatches, from_file: &BTr
                 continue;
             }
         };
-        if key.contains("password") {
+        if arg.is_hide_env_values_set() {
             let _ = writeln!(out, "# {key} is set by {source}");
             continue;
         }
