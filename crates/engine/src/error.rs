@@ -149,7 +149,10 @@ impl LoadError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Io { source, .. } | Self::Threads { source, .. } => {
-                matches!(source.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock)
+                matches!(
+                    source.kind(),
+                    std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock
+                )
             }
             Self::NotAModel { .. }
             | Self::Truncated { .. }

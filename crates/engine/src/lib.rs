@@ -6,7 +6,6 @@
 #![warn(missing_docs)]
 
 mod backend;
-mod config;
 mod error;
 mod kv;
 mod load;
@@ -16,8 +15,8 @@ mod sampling;
 pub use backend::{
     Backend, InvalidStub, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
 };
-pub use config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 pub use error::{LoadError, StepError};
 pub use kv::{BlockPool, BlockTable, IntegrityFault, NoRoom, Quarantined, Reservation};
 pub use load::{LoadOptions, load};
+pub use model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 pub use sampling::{Sampled, sample};

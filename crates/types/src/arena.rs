@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::{BlockId, KvGeometry};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -43,11 +44,49 @@ unsafe impl Sync for ArenaView {}
 
 impl std::fmt::Debug for ArenaView {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ArenaView").field("blocks", &self.blocks).field("geometry", &self.geometry).finish()
+        f.debug_struct("ArenaView")
+            .field("blocks", &self.blocks)
+            .field("geometry", &self.geometry)
+            .finish()
+    }
+}
+
+/// Memory of [`ArenaView::on_heap`].
+struct Heap {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: an address that is only freed through it, once, when the last view has gone.
+unsafe impl Send for Heap {}
+// SAFETY: as above; it gives no access.
+unsafe impl Sync for Heap {}
+
+impl Drop for Heap {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and no view outlives its owner.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) };
     }
 }
 
 impl ArenaView {
+    /// An arena on the process's own heap, zeroed: what tests and benches need. Nodes use kv-transfer's.
+    ///
+    /// # Panics
+    /// Where the size is zero or overflows, or memory is out.
+    pub fn on_heap(geometry: KvGeometry, blocks: usize) -> Self {
+        let bytes = blocks.checked_mul(geometry.block_bytes()).filter(|bytes| *bytes > 0);
+        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, 64).ok());
+        let layout = layout.expect("an arena has a size that memory can have");
+        // SAFETY: the layout has a size above zero.
+        let base = unsafe { alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else {
+            handle_alloc_error(layout)
+        };
+        // SAFETY: just allocated with this size and alignment, initialised with zeros, and owned by `Heap` alone.
+        unsafe { Self::new(base, blocks, geometry, Arc::new(Heap { base, layout })) }
+    }
+
     /// Wraps memory.
     ///
     /// # Safety
@@ -59,7 +98,12 @@ impl ArenaView {
         geometry: KvGeometry,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { base, blocks, geometry, _owner: owner }
+        Self {
+            base,
+            blocks,
+            geometry,
+            _owner: owner,
+        }
     }
 
     /// How many blocks.

@@ -3,8 +3,8 @@
 //! Invariant that every backend keeps: a token's logits and KV are bit-identical whatever the batch, the chunking, the
 //! placement of blocks, and whether the token came as prefill or as decode. The caller owns the blocks that it names.
 
-use crate::config::ModelConfig;
 use crate::error::StepError;
+use crate::model::ModelConfig;
 use baton_types::{ArenaView, BlockId, ModelFingerprint, NumericsId};
 use std::ops::ControlFlow;
 

@@ -7,8 +7,8 @@
 #![allow(unsafe_code)]
 
 use super::interface::{Backend, Slice, StepObserver, StepOutput};
-use crate::config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 use crate::error::StepError;
+use crate::model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 use baton_types::{ArenaView, BlockId, KvGeometry, ModelFingerprint, NumericsId};
 use std::str::FromStr;
 use std::time::Duration;
@@ -48,7 +48,7 @@ impl Default for StubSpec {
         Self {
             prefill_us_per_token: 0,
             decode_us_per_step: 0,
-            vocab: 260,
+            vocab: 259,
             context_tokens: 32_768,
             layers: 2,
             kv_heads: 1,
@@ -166,6 +166,8 @@ pub fn stub(spec: StubSpec) -> Box<dyn Backend> {
         rope_style: RopeStyle::HalfSplit,
         rope_scaling: RopeScaling::None,
         rms_eps: 1e-5,
+        qkv_bias: false,
+        qk_norm: false,
         tied_embeddings: true,
         eos_tokens: spec.eos_tokens.clone(),
     };

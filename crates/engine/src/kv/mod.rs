@@ -8,6 +8,7 @@ mod guards;
 mod integrity;
 mod pool;
 mod state;
+mod zero;
 
 #[cfg(test)]
 mod model_test;

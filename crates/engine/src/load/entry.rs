@@ -1,5 +1,6 @@
 //! The way in: which format a path holds, and what runs it.
 
+use super::{Checkpoint, gguf, safetensors};
 use crate::backend::{Backend, CpuBackend, Isa};
 use crate::error::LoadError;
 use baton_types::KvDtype;
@@ -21,10 +22,41 @@ pub struct LoadOptions {
 /// # Errors
 /// See [`LoadError`]: each names file, field and remedy.
 pub fn load(
-    _path: &Path,
-    _options: &LoadOptions,
-    _progress: &mut dyn FnMut(u64, u64),
+    path: &Path,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Box<dyn Backend>, LoadError> {
-    let _ = CpuBackend {};
-    todo!()
+    let checkpoint = open(path)?;
+    let total = checkpoint.weight_bytes();
+    // Every byte is read twice, to be hashed and to be packed; half of the progress is each.
+    let fingerprint = checkpoint.fingerprint(&mut |done| progress(done / 2, total));
+    let mut packed = |done: u64| progress(total / 2 + done.min(total) / 2, total);
+    let backend = CpuBackend::new(&checkpoint, fingerprint, options, &mut packed)?;
+    progress(total, total);
+    let config = backend.config();
+    tracing::info!(
+        architecture = config.architecture.name(),
+        layers = config.layers,
+        hidden = config.hidden,
+        weight_bytes = total,
+        numerics = %backend.numerics(),
+        %fingerprint,
+        "model loaded"
+    );
+    Ok(Box::new(backend))
+}
+
+fn open(path: &Path) -> Result<Checkpoint, LoadError> {
+    let about = std::fs::metadata(path).map_err(|source| LoadError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    if about.is_dir() {
+        return if path.join("config.json").is_file() {
+            safetensors::open(path)
+        } else {
+            Err(LoadError::NotAModel { path: path.to_owned() })
+        };
+    }
+    gguf::open(path)
 }

@@ -1,8 +1,17 @@
-//! The CPU backend.
+//! The CPU backend: packed weights, a pool of threads, one step function for prefill and decode.
+//!
+//! Batch-invariant by construction: every output element is one chain in a fixed order (see `kernels`), everything
+//! between the products works token by token, and attention reads keys and values as the arena stores them.
 
+mod activations;
+mod arena;
+mod check;
 mod isa;
+mod kernels;
+mod packed;
+mod pool;
+mod step;
+mod weights;
 
 pub use isa::{Isa, UnknownIsa};
-
-/// Runs a model on CPU cores.
-pub(crate) struct CpuBackend {}
+pub(crate) use step::CpuBackend;

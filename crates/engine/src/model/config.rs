@@ -34,7 +34,7 @@ pub enum RopeStyle {
 }
 
 /// How rotary frequencies are stretched beyond the trained context.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -54,6 +54,8 @@ pub enum RopeScaling {
         /// Context that the model was first trained with, in tokens.
         original_context: u32,
     },
+    /// Frequency `i` divided by `factors[i]`: how GGUF files carry Llama 3.1's. `(head_dim / 2,)`.
+    Factors(Vec<f32>),
 }
 
 /// Hyperparameters. Checked: every count is positive, heads are a multiple of kv_heads, head_dim is even.
@@ -87,6 +89,10 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Added to the mean square in RMS norms.
     pub rms_eps: f32,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
+    /// Whether each head of q and k has an RMS norm.
+    pub qk_norm: bool,
     /// Whether the output matrix is the embedding.
     pub tied_embeddings: bool,
     /// Tokens that end a text.
@@ -94,8 +100,24 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Width of all query heads together.
+    pub fn q_width(&self) -> u32 {
+        self.heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn kv_width(&self) -> u32 {
+        self.kv_heads * self.head_dim
+    }
+
     /// The shape of this model's KV.
     pub fn kv_geometry(&self, block_tokens: u32, dtype: KvDtype) -> KvGeometry {
-        KvGeometry { layers: self.layers, kv_heads: self.kv_heads, head_dim: self.head_dim, block_tokens, dtype }
+        KvGeometry {
+            layers: self.layers,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            block_tokens,
+            dtype,
+        }
     }
 }

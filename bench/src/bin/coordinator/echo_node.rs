@@ -1,0 +1,218 @@
+//! A decode node without an engine: it accepts every request and sends one token each gap, stamping when.
+
+use anyhow::Result;
+use baton_cluster_state::{NodeRecord, Registration, Store, StoreAddress, StoreOptions};
+use baton_node_runtime::{Clock, Supervisor};
+use baton_proto::v1::node_server::{Node, NodeServer};
+use baton_proto::v1::{self, decode_command::Command, decode_event::Event};
+use baton_text::{EngineFacts, ModelCard};
+use baton_types::{Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+const BLOCKS: u32 = 1 << 20;
+
+/// When each token of each request was sent: `(first prompt token, token's index, moment)`. The prompt's first token names
+/// the stream.
+pub type Stamps = Arc<Mutex<Vec<(u32, u32, Instant)>>>;
+
+/// The running node.
+pub struct EchoNode {
+    pub address: String,
+    pub instance: Instance,
+    pub fingerprint: ModelFingerprint,
+    pub stamps: Stamps,
+    _registration: Registration,
+}
+
+struct Service {
+    gap: Duration,
+    instance: Instance,
+    card: Vec<u8>,
+    stamps: Stamps,
+}
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl EchoNode {
+    /// Serves on a free port and registers as a ready decode node.
+    pub async fn start(store: &str, gap: Duration) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?.to_string();
+        let (instance, fingerprint) = (Instance::random(), ModelFingerprint([1; 32]));
+        let numerics = NumericsId("echo".into());
+        let facts = EngineFacts {
+            fingerprint,
+            numerics: numerics.clone(),
+            block_tokens: 16,
+            kv_dtype: KvDtype::F16,
+        };
+        let card = ModelCard::stub("echo", 1 << 20, facts);
+        let record = NodeRecord {
+            node_id: NodeId::new("echo"),
+            instance,
+            role: NodeRole::Decode,
+            state: NodeState::Ready,
+            grpc_address: address.clone(),
+            transfer: Vec::new(),
+            model: "echo".into(),
+            card_digest: card.digest(),
+            fingerprint,
+            numerics,
+            geometry: KvGeometry {
+                layers: 1,
+                kv_heads: 1,
+                head_dim: 64,
+                block_tokens: 16,
+                dtype: KvDtype::F16,
+            },
+            host_id: "bench".into(),
+            build: env!("CARGO_PKG_VERSION").into(),
+            stub: true,
+            blocks: BLOCKS,
+            queue_capacity: 1 << 16,
+            context_tokens: 1 << 20,
+        };
+        let stamps = Stamps::default();
+        let service = Service {
+            gap,
+            instance,
+            card: card.to_bytes(),
+            stamps: stamps.clone(),
+        };
+        let server = tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .add_service(NodeServer::new(service));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let options = StoreOptions::new(store.parse::<StoreAddress>()?);
+        let store = Store::connect(options, Clock::new(), Supervisor::new()).await?;
+        let registration = store.register(record).await?;
+        Ok(Self {
+            address,
+            instance,
+            fingerprint,
+            stamps,
+            _registration: registration,
+        })
+    }
+}
+
+async fn stream_tokens(
+    open: v1::DecodeOpen,
+    gap: Duration,
+    stamps: Stamps,
+    events: mpsc::Sender<Result<v1::DecodeEvent, Status>>,
+) -> Option<()> {
+    let work = open.work?;
+    let name = *work.prompt.first()?;
+    let total = work.sampling?.max_tokens?;
+    let event = |event| Ok(v1::DecodeEvent { event: Some(event) });
+    let accepted = v1::Accepted {
+        ticket: work.ticket,
+        held_blocks: 0,
+        peer: None,
+    };
+    events.send(event(Event::Accepted(accepted))).await.ok()?;
+    let start = tokio::time::Instant::now();
+    for index in 0..total {
+        tokio::time::sleep_until(start + gap * (index + 1)).await;
+        let mut tokens = v1::Tokens {
+            first_index: index,
+            tokens: vec![97 + index % 26],
+            ..v1::Tokens::default()
+        };
+        if index == 0 {
+            (tokens.queue_us, tokens.prefill_us) = (Some(0), Some(0));
+            (tokens.prefill_tokens, tokens.cached_tokens) = (Some(1), Some(0));
+        }
+        stamps.lock().ok()?.push((name, index, Instant::now()));
+        events.send(event(Event::Tokens(tokens))).await.ok()?;
+    }
+    let finish_reason = v1::FinishReason::Length.into();
+    let finished = v1::DecodeFinished {
+        finish_reason,
+        decoded_tokens: total,
+        decode_us: 0,
+    };
+    events.send(event(Event::Finished(finished))).await.ok()
+}
+
+#[tonic::async_trait]
+impl Node for Service {
+    type PrefillStream = Replies<v1::PrefillEvent>;
+    type DecodeStream = Replies<v1::DecodeEvent>;
+    type ModelCardStream = Replies<v1::ModelCardChunk>;
+    type HeartbeatStream = Replies<v1::HeartbeatResponse>;
+
+    async fn prefill(&self, _: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
+        Err(Status::failed_precondition("the echo node does not prefill"))
+    }
+
+    async fn decode(
+        &self,
+        request: Request<Streaming<v1::DecodeCommand>>,
+    ) -> Result<Response<Self::DecodeStream>, Status> {
+        let mut commands = request.into_inner();
+        let (gap, stamps) = (self.gap, self.stamps.clone());
+        let (events, replies) = mpsc::channel(64);
+        tokio::spawn(async move {
+            if let Some(Ok(v1::DecodeCommand {
+                command: Some(Command::Open(open)),
+            })) = commands.next().await
+            {
+                stream_tokens(open, gap, stamps, events).await;
+            }
+            // The coordinator's side stays open until it has read the end.
+            while let Some(Ok(_)) = commands.next().await {}
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    async fn model_card(&self, _: Request<v1::ModelCardRequest>) -> Result<Response<Self::ModelCardStream>, Status> {
+        let pieces: Vec<_> = self
+            .card
+            .chunks(1 << 20)
+            .map(|piece| {
+                Ok(v1::ModelCardChunk {
+                    data: piece.to_vec().into(),
+                })
+            })
+            .collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+
+    async fn heartbeat(
+        &self,
+        request: Request<v1::HeartbeatRequest>,
+    ) -> Result<Response<Self::HeartbeatStream>, Status> {
+        let blocks = v1::BlockCounts {
+            total: BLOCKS,
+            free: BLOCKS,
+            ..v1::BlockCounts::default()
+        };
+        let beat = v1::HeartbeatResponse {
+            node_id: "echo".into(),
+            instance: self.instance.to_string(),
+            role: v1::NodeRole::Decode.into(),
+            state: "ready".into(),
+            load: Some(v1::NodeLoad {
+                blocks: Some(blocks),
+                queue_capacity: 1 << 16,
+                ..v1::NodeLoad::default()
+            }),
+        };
+        let every = Duration::from_millis(u64::from(request.into_inner().interval_ms.max(50)));
+        let ticks = tokio_stream::wrappers::IntervalStream::new(tokio::time::interval(every));
+        Ok(Response::new(Box::pin(ticks.map(move |_| Ok(beat.clone())))))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+}

@@ -1,0 +1,225 @@
+//! Speed of the engine alone: prefill and decode at some depths and batch sizes, one line for each.
+//!
+//! `pp512`: a prompt of 512 tokens in chunks of `--chunk`, last token's logits. `tg64`: 64 tokens one by one at a depth.
+//! `tg32x8`: as that, eight sequences in each step; tokens of all of them count.
+
+use anyhow::{Context, Result};
+use baton_engine::{Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
+use baton_types::{ArenaView, BlockId, KvDtype};
+use clap::Parser;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Instant;
+
+const BLOCK_TOKENS: u32 = 16;
+
+/// Measures the engine.
+#[derive(Parser)]
+struct Options {
+    /// A .gguf file or a folder with config.json and *.safetensors.
+    #[arg(long)]
+    model: PathBuf,
+    /// Compute threads; 0 takes every core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Instruction-set path: avx512, avx2, neon, portable. The fastest, if not given.
+    #[arg(long)]
+    isa: Option<Isa>,
+    /// Tokens of one prefill step.
+    #[arg(long, default_value_t = 512)]
+    chunk: usize,
+    /// Times that each test is run.
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// Prompt lengths, in tokens.
+    #[arg(long, value_delimiter = ',', default_value = "128,512,2048")]
+    prompts: Vec<usize>,
+    /// Depths at which decode is measured, in tokens.
+    #[arg(long, value_delimiter = ',', default_value = "0,1024")]
+    depths: Vec<usize>,
+    /// Sequences that decode together.
+    #[arg(long, value_delimiter = ',', default_value = "1,8")]
+    batches: Vec<usize>,
+    /// Lines of JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Line {
+    test: String,
+    depth: usize,
+    threads: usize,
+    /// Median of the runs.
+    tok_s: f64,
+    tok_s_min: f64,
+    tok_s_max: f64,
+    rss_mib: u64,
+}
+
+struct Bench {
+    options: Options,
+    backend: Box<dyn Backend>,
+    arena: ArenaView,
+    tables: Vec<Vec<BlockId>>,
+    threads: usize,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let begun = Instant::now();
+    let load_options = LoadOptions {
+        threads: options.threads,
+        kv_dtype: KvDtype::F16,
+        isa: options.isa,
+    };
+    let backend = load(&options.model, &load_options, &mut |_, _| {})?;
+    let loaded = begun.elapsed();
+    eprintln!("{}, loaded in {:.2} s", backend.numerics(), loaded.as_secs_f64());
+    let sequences = options.batches.iter().copied().max().unwrap_or(1);
+    let deepest = options
+        .prompts
+        .iter()
+        .chain(&options.depths)
+        .copied()
+        .max()
+        .unwrap_or(0)
+        + 64;
+    let geometry = backend.config().kv_geometry(BLOCK_TOKENS, KvDtype::F16);
+    let per_sequence = geometry.blocks_for(deepest);
+    let arena = ArenaView::on_heap(geometry, per_sequence * sequences);
+    let block = |i: usize| u32::try_from(i).map(BlockId).context("too many blocks");
+    let tables = (0..sequences)
+        .map(|s| (0..per_sequence).map(|i| block(s * per_sequence + i)).collect())
+        .collect::<Result<_>>()?;
+    let threads = match options.threads {
+        0 => std::thread::available_parallelism()?.get(),
+        threads => threads,
+    };
+    Bench {
+        options,
+        backend,
+        arena,
+        tables,
+        threads,
+    }
+    .run()
+}
+
+impl Bench {
+    fn run(&mut self) -> Result<()> {
+        for prompt in self.options.prompts.clone() {
+            self.measure(format!("pp{prompt}"), 0, prompt, |bench| bench.prefill(0, prompt))?;
+        }
+        for depth in self.options.depths.clone() {
+            for batch in self.options.batches.clone() {
+                for sequence in 0..batch {
+                    self.prefill(sequence, depth)?;
+                }
+                let (steps, name) = if batch == 1 {
+                    (64, "tg64".into())
+                } else {
+                    (32, format!("tg32x{batch}"))
+                };
+                self.measure(name, depth, steps * batch, |bench| bench.decode(batch, depth, steps))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn measure(
+        &mut self,
+        test: String,
+        depth: usize,
+        tokens: usize,
+        mut run: impl FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let mut rates = Vec::new();
+        for _ in 0..self.options.repeat.max(1) {
+            let begun = Instant::now();
+            run(self)?;
+            rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
+        }
+        rates.sort_by(f64::total_cmp);
+        let [min, median, max] = [0, rates.len() / 2, rates.len() - 1].map(|i| rates[i]);
+        let rss_mib = resident_mib();
+        let line = Line {
+            test,
+            depth,
+            threads: self.threads,
+            tok_s: median,
+            tok_s_min: min,
+            tok_s_max: max,
+            rss_mib,
+        };
+        if self.options.json {
+            println!("{}", serde_json::to_string(&line)?);
+        } else {
+            let Line {
+                test, depth, threads, ..
+            } = line;
+            println!(
+                "{test:>8} depth {depth:>5} threads {threads}: {median:8.1} tok/s ({min:.1} to {max:.1}), {rss_mib} MiB"
+            );
+        }
+        Ok(())
+    }
+
+    /// Runs `tokens` tokens of one sequence from position 0.
+    fn prefill(&mut self, sequence: usize, tokens: usize) -> Result<()> {
+        let vocab = self.backend.config().vocab;
+        let ids: Vec<u32> = (0..tokens as u32)
+            .map(|i| i.wrapping_mul(2_654_435_761) % vocab)
+            .collect();
+        for (i, chunk) in ids.chunks(self.options.chunk.max(1)).enumerate() {
+            let start = i * self.options.chunk;
+            let logits = if start + chunk.len() == tokens {
+                WantedLogits::Last
+            } else {
+                WantedLogits::None
+            };
+            let slice = Slice {
+                tokens: chunk,
+                start,
+                blocks: &self.tables[sequence],
+                logits,
+            };
+            self.backend.step(&self.arena, &[slice], &mut Unobserved)?;
+        }
+        Ok(())
+    }
+
+    /// Greedy decode of the first `batch` sequences from `depth` on.
+    fn decode(&mut self, batch: usize, depth: usize, steps: usize) -> Result<()> {
+        let mut next: Vec<u32> = (1..=batch as u32).collect();
+        for step in 0..steps {
+            let slices: Vec<Slice<'_>> = (0..batch)
+                .map(|i| Slice {
+                    tokens: &next[i..=i],
+                    start: depth + step,
+                    blocks: &self.tables[i],
+                    logits: WantedLogits::Last,
+                })
+                .collect();
+            let output = self.backend.step(&self.arena, &slices, &mut Unobserved)?;
+            next = (0..batch).map(|i| best(output.row(i))).collect();
+        }
+        Ok(())
+    }
+}
+
+fn best(logits: &[f32]) -> u32 {
+    let first = (0, f32::NEG_INFINITY);
+    let pick = |best: (u32, f32), (id, x): (u32, &f32)| if *x > best.1 { (id, *x) } else { best };
+    (0..).zip(logits).fold(first, pick).0
+}
+
+/// Resident memory of this process; 0 where the system does not tell.
+fn resident_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line
+        .and_then(|line| line.split_whitespace().next())
+        .and_then(|kib| kib.parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}

@@ -1,0 +1,282 @@
+//! Compute threads of one backend. A job is a count of units that any thread may take; which thread takes which unit
+//! changes no result. The caller works too and never waits for a thread that has not woken: on a crowded machine it
+//! simply does more itself. Threads spin for some microseconds between jobs of one step, then sleep.
+
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Spins before a thread sleeps, some tens of microseconds in all.
+const SPINS: u32 = 2_000;
+
+/// `state`: the number of the job, whether it may be joined, and how many threads are inside.
+const OPEN: u64 = 1 << 16;
+const INSIDE: u64 = OPEN - 1;
+const JOB: u64 = 1 << 17;
+
+type Work = dyn Fn(usize, usize) + Sync;
+
+/// The present job. Valid while `state` is open or anybody is inside.
+struct Job {
+    work: *const Work,
+    units: usize,
+}
+
+struct Shared {
+    state: AtomicU64,
+    next: AtomicUsize,
+    job: UnsafeCell<Job>,
+    panicked: Mutex<Option<Box<dyn Any + Send>>>,
+    stop: AtomicBool,
+    asleep: Mutex<usize>,
+    wake: Condvar,
+}
+
+// SAFETY: `job` is written only by the one caller while the state is closed with nobody inside, and read only by threads
+// that entered through `state` (acquire) after it was opened (release). The work behind the pointer is Sync.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the raw pointer is used only within `Pool::run`, which outlives every use.
+unsafe impl Send for Shared {}
+
+/// The threads. Dropping joins them.
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Closes the job and waits until nobody is inside, also when a unit panics on the calling thread.
+struct Closing<'a>(&'a Shared);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0;
+        while self.0.state.load(Ordering::Acquire) & INSIDE != 0 {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
+        }
+    }
+}
+
+/// A base address that units cut disjoint parts from.
+struct Parts<T>(*mut T);
+
+// SAFETY: every unit derives its own disjoint part from it (see `Pool::parts`).
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T> Parts<T> {
+    /// # Safety
+    /// `from..to` lies within the slice, and no other living reference overlaps it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, from: usize, to: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(from), to - from) }
+    }
+}
+
+impl Pool {
+    /// Starts `threads - 1` threads beside the caller's.
+    pub(super) fn new(threads: usize) -> std::io::Result<Self> {
+        fn idle(_: usize, _: usize) {}
+        let work: *const Work = &idle as &'static Work;
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            next: AtomicUsize::new(0),
+            job: UnsafeCell::new(Job { work, units: 0 }),
+            panicked: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            asleep: Mutex::new(0),
+            wake: Condvar::new(),
+        });
+        let mut pool = Self {
+            shared: shared.clone(),
+            threads: Vec::new(),
+        };
+        for worker in 1..threads {
+            let shared = shared.clone();
+            let name = format!("compute-{worker}");
+            pool.threads.push(
+                std::thread::Builder::new()
+                    .name(name)
+                    .spawn(move || shared.serve(worker))?,
+            );
+        }
+        Ok(pool)
+    }
+
+    /// Threads that take units, the caller's among them.
+    pub(super) fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Calls `work(unit, worker)` once for each unit; `worker` is below [`Self::threads`] and never runs two at once.
+    pub(super) fn run(&mut self, units: usize, work: &(dyn Fn(usize, usize) + Sync)) {
+        if units <= 1 || self.threads.is_empty() {
+            (0..units).for_each(|unit| work(unit, 0));
+            return;
+        }
+        let shared = &*self.shared;
+        // A job that panicked on both sides left a second payload behind.
+        lock(&shared.panicked).take();
+        // SAFETY: only the lifetime is erased. The pointer is used by threads inside the job alone, and `Closing` does not
+        // let this call end before all have left.
+        let erased: *const Work = unsafe { std::mem::transmute::<&(dyn Fn(usize, usize) + Sync), &'static Work>(work) };
+        // SAFETY: `&mut self`: no other call is running, and the last one left the state closed with nobody inside.
+        unsafe { *shared.job.get() = Job { work: erased, units } };
+        shared.next.store(0, Ordering::Relaxed);
+        let before = shared.state.load(Ordering::Relaxed);
+        shared
+            .state
+            .store((before & !(OPEN | INSIDE)).wrapping_add(JOB) | OPEN, Ordering::SeqCst);
+        {
+            let closing = Closing(shared);
+            if *lock(&shared.asleep) > 0 {
+                shared.wake.notify_all();
+            }
+            shared.take_units(work, units, 0);
+            drop(closing);
+        }
+        if let Some(payload) = lock(&shared.panicked).take() {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Gives each unit its own part of `out`: `work(unit, &mut out[bounds[unit]..bounds[unit + 1]], worker)`.
+    ///
+    /// # Panics
+    /// Where the bounds do not ascend or pass the end.
+    pub(super) fn parts<T: Send>(
+        &mut self,
+        out: &mut [T],
+        bounds: &[usize],
+        work: impl Fn(usize, &mut [T], usize) + Sync,
+    ) {
+        assert!(bounds.is_sorted() && bounds.last().is_none_or(|end| *end <= out.len()));
+        let base = Parts(out.as_mut_ptr());
+        let base = &base;
+        self.run(bounds.len().saturating_sub(1), &|unit, worker| {
+            // SAFETY: the bounds ascend and end within `out`, so parts are disjoint; each unit runs once.
+            work(unit, unsafe { base.part(bounds[unit], bounds[unit + 1]) }, worker);
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        drop(lock(&self.shared.asleep));
+        self.shared.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            // A panic in a unit was caught and handed to the caller; serve itself does not panic.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn take_units(&self, work: &(dyn Fn(usize, usize) + Sync), units: usize, worker: usize) {
+        loop {
+            let unit = self.next.fetch_add(1, Ordering::Relaxed);
+            if unit >= units {
+                return;
+            }
+            work(unit, worker);
+        }
+    }
+
+    /// Life of one thread: wait for a job that it has not seen, enter, work, leave.
+    fn serve(&self, worker: usize) {
+        let mut seen = 0;
+        let mut spins = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            let state = self.state.load(Ordering::SeqCst);
+            let number = state / JOB;
+            if number == seen || state & OPEN == 0 {
+                spins += 1;
+                if spins < SPINS {
+                    std::hint::spin_loop();
+                } else {
+                    self.sleep(seen);
+                    spins = 0;
+                }
+                continue;
+            }
+            if self
+                .state
+                .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
+            {
+                continue;
+            }
+            seen = number;
+            spins = 0;
+            // SAFETY: inside: the caller wrote the job before it opened the state, and waits until we leave.
+            let (work, units) = unsafe { (&*(*self.job.get()).work, (*self.job.get()).units) };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.take_units(work, units, worker))) {
+                *lock(&self.panicked) = Some(payload);
+            }
+            self.state.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn sleep(&self, seen: u64) {
+        let mut asleep = lock(&self.asleep);
+        *asleep += 1;
+        loop {
+            let state = self.state.load(Ordering::SeqCst);
+            let fresh = state & OPEN != 0 && state / JOB != seen;
+            if fresh || self.stop.load(Ordering::SeqCst) {
+                break;
+            }
+            asleep = self.wake.wait(asleep).unwrap_or_else(PoisonError::into_inner);
+        }
+        *asleep -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_runs_once_over_many_jobs() {
+        let mut pool = Pool::new(4).unwrap();
+        for units in (0..200).chain([5_000]) {
+            let mut out = vec![0u32; 3 * units];
+            let bounds: Vec<usize> = (0..=units).map(|u| 3 * u).collect();
+            pool.parts(&mut out, &bounds, |unit, part, _| {
+                part.iter_mut().for_each(|x| *x += unit as u32 + 1)
+            });
+            assert!(out.iter().enumerate().all(|(i, x)| *x == i as u32 / 3 + 1));
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let mut pool = Pool::new(3).unwrap();
+        for _ in 0..20 {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(64, &|unit, _| assert!(unit != 40, "unit 40"));
+            }));
+            assert!(caught.is_err());
+            let count = AtomicUsize::new(0);
+            pool.run(64, &|_, _| {
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(count.load(Ordering::Relaxed), 64);
+        }
+    }
+}
