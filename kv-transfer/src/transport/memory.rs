@@ -17,6 +17,7 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Bytes copied between two looks at the stop signs.
 const PIECE: usize = 256 << 10;
@@ -70,6 +71,7 @@ struct Shared {
     writers: Arc<Writers>,
     /// Ends the paths that were opened from here.
     stop: CancellationToken,
+    lanes: TaskTracker,
 }
 
 impl Drop for Shared {
@@ -108,6 +110,7 @@ impl MemoryTransport {
             network: network.clone(),
             writers,
             stop,
+            lanes: TaskTracker::new(),
         });
         names.insert(name, Arc::downgrade(&shared));
         Ok(Self(shared))
@@ -167,7 +170,9 @@ impl Shared {
                 entry,
                 queue,
             };
-            self.local.supervisor.spawn("transfer-memory-lane", carrier.run());
+            self.local
+                .supervisor
+                .spawn("transfer-memory-lane", self.lanes.track_future(carrier.run()));
         }
         Ok(Arc::new(path))
     }
@@ -199,6 +204,8 @@ impl Transport for MemoryTransport {
                 .names()
                 .retain(|_, holder| !std::ptr::eq(holder.as_ptr(), Arc::as_ptr(&self.0)));
             self.0.writers.shutdown().await;
+            self.0.lanes.close();
+            self.0.lanes.wait().await;
         }
         .boxed()
     }
@@ -232,7 +239,10 @@ impl Carrier {
                     for source in &batch.extents {
                         if !self.carry(source, &stop, &closed).await {
                             self.queue.give_back(LaneItem::Batch(batch));
-                            return self.lost();
+                            if !stop.is_cancelled() {
+                                self.lost();
+                            }
+                            return;
                         }
                     }
                     metric::sent(KIND, batch.extents.len(), batch.bytes());
@@ -242,7 +252,7 @@ impl Carrier {
         }
     }
 
-    /// The connection was closed, by whichever side: where it was the receiver's, the writer is told so.
+    /// The receiver closed the connection: the writer is told so.
     fn lost(&self) {
         self.queue.state().fail(PathError::Lost {
             kind: ErrorKind::ConnectionReset,

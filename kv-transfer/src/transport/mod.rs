@@ -14,7 +14,8 @@ mod tcp;
 mod writers;
 
 pub use contract::{
-    Claim, ConnectError, Extent, ExtentHeader, Landing, Path, PathError, Reject, SourceClaim, Transport, WriterConnection,
+    Claim, ConnectError, Extent, ExtentHeader, Landing, Path, PathError, Reject, SourceClaim, Transport,
+    WriterConnection,
 };
 pub use local::Local;
 pub use memory::{MemoryNetwork, MemoryOptions, MemoryTransport, NameTaken};

@@ -74,7 +74,10 @@ pub(super) async fn connect(shared: &Shared, wanted: Instance, address: &str) ->
             clock: shared.local.clock,
             progress_timeout: shared.options.progress_timeout,
         };
-        shared.local.supervisor.spawn("transfer-tcp-send", sender.run());
+        shared
+            .local
+            .supervisor
+            .spawn("transfer-tcp-send", shared.tasks.track_future(sender.run()));
     }
     Ok(Arc::new(path))
 }

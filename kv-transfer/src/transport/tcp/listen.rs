@@ -18,6 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Connections that have not shaken hands yet, all together.
 const HANDSHAKES_MAX: usize = 256;
@@ -50,7 +51,8 @@ pub(super) struct Shared {
     pub(super) stop: CancellationToken,
     writers: Arc<Writers>,
     handshakes: Arc<Semaphore>,
-    listener_ended: CancellationToken,
+    /// All tasks of this transport.
+    pub(super) tasks: TaskTracker,
     address: String,
 }
 
@@ -80,20 +82,23 @@ impl TcpTransport {
             writers: Writers::new(PathKind::Tcp, Arc::clone(&local.landing)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             stop: CancellationToken::new(),
-            listener_ended: CancellationToken::new(),
+            tasks: TaskTracker::new(),
             options,
             local,
             address,
         });
         let accepting = Arc::clone(&shared);
-        shared.local.supervisor.spawn("transfer-tcp-accept", async move {
-            let _ended = accepting.listener_ended.clone().drop_guard();
+        let accepting = async move {
             tokio::select! {
                 biased;
                 () = accepting.stop.cancelled() => {}
                 () = accept(&accepting, &listener) => {}
             }
-        });
+        };
+        shared
+            .local
+            .supervisor
+            .spawn("transfer-tcp-accept", shared.tasks.track_future(accepting));
         Ok(Self(shared))
     }
 }
@@ -119,10 +124,9 @@ impl Transport for TcpTransport {
     fn shutdown(&self) -> BoxFuture<'_, ()> {
         async {
             self.0.stop.cancel();
-            self.0.listener_ended.cancelled().await;
             self.0.writers.shutdown().await;
-            // Every handshake holds a permit until it became a writer or ended.
-            let _ = self.0.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
+            self.0.tasks.close();
+            self.0.tasks.wait().await;
         }
         .boxed()
     }
@@ -138,7 +142,10 @@ async fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             Ok((stream, from)) => {
                 let serving = Arc::clone(shared);
                 let serve = async move { serve(serving, stream, from, permit).await };
-                shared.local.supervisor.spawn("transfer-tcp-receive", serve);
+                shared
+                    .local
+                    .supervisor
+                    .spawn("transfer-tcp-receive", shared.tasks.track_future(serve));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a data connection");

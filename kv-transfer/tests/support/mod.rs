@@ -1,0 +1,7 @@
+//! What the conformance suite needs: nodes with an arena and a book of grants, and the transports under test.
+
+mod book;
+mod node;
+
+pub use book::{Book, Event};
+pub use node::{Kind, Memory, Node, NodeOptions, Tcp, geometry};
