@@ -121,13 +121,18 @@ fn keys(command: &Command) -> Vec<String> {
 
 /// Gives every flag of every command its variable.
 fn with_environment(command: Command) -> Command {
-    let command = command.mut_args(|arg| match key_of(&arg) {
-        Some(key)
-            if arg.get_env().is_none() && !matches!(arg.get_id().as_str(), "print_config" | "help" | "version") =>
-        {
-            arg.env(format!("BATON_{}", key.to_uppercase()))
+    let command = command.mut_args(|arg| {
+        let named = !matches!(arg.get_id().as_str(), "print_config" | "help" | "version");
+        let Some(key) = key_of(&arg).filter(|_| named && arg.get_env().is_none()) else {
+            return arg;
+        };
+        let arg = arg.env(format!("BATON_{}", key.to_uppercase()));
+        // In the environment and the file a switch is written as people do: true, yes, on, 1.
+        if is_switch(&arg) {
+            arg.value_parser(clap::builder::BoolishValueParser::new())
+        } else {
+            arg
         }
-        _ => arg,
     });
     command.mut_subcommands(with_environment)
 }
@@ -246,6 +251,8 @@ mod tests {
         assert!(options.test_verbose);
         assert_eq!(options.test_peers, ["a", "b"]);
         assert_eq!(options.config.config.as_deref(), Some(file.path()));
+        let off = super::tests::file("test_verbose = \"off\"\n");
+        assert!(!serve(off.path(), &["--test-role", "x"]).unwrap().test_verbose);
     }
 
     #[test]
