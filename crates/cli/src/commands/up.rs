@@ -1,0 +1,132 @@
+//! `baton up`: a cluster on this machine, each role a process of its own, until Ctrl-C.
+
+use super::{INTERRUPTED, Signals, unless_interrupted};
+use crate::cluster::{Cluster, ClusterOptions, Shape};
+use crate::endpoint::Note;
+use anyhow::Result;
+use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent};
+use serde_json::json;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+/// Runs a cluster on this machine until Ctrl-C.
+#[derive(Debug, clap::Args)]
+pub struct Up {
+    #[command(flatten)]
+    shape: Shape,
+    /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]
+    #[arg(long, value_name = "STORE", default_value = "embedded")]
+    store: String,
+    /// The cluster's name in the store
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    cluster: String,
+    /// OpenAI-compatible HTTP; port 0 takes any free one
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8000")]
+    http_listen: SocketAddr,
+    /// gRPC; port 0 takes any free one
+    #[arg(long, value_name = "HOST:PORT", default_value = crate::endpoint::DEFAULT_GRPC)]
+    grpc_listen: SocketAddr,
+    /// Prints one line of JSON when the cluster serves, instead of the text for people
+    #[arg(long)]
+    json: bool,
+    /// What the processes log: a level, or directives such as `info,baton_kv_transfer=debug`
+    #[arg(long, value_name = "FILTER", default_value = "info", help_heading = "Process")]
+    log_filter: String,
+    /// Ends the cluster when standard input ends
+    #[arg(long, help_heading = "Process")]
+    exit_with_parent: bool,
+    #[command(flatten)]
+    config: ConfigOptions,
+}
+
+impl Up {
+    /// Runs until a signal, or until the cluster cannot go on.
+    pub async fn run(self) -> Result<ExitCode> {
+        let supervisor = Supervisor::new();
+        if self.exit_with_parent {
+            exit_with_parent(&supervisor);
+        }
+        let Some(started) = unless_interrupted(self.start(&supervisor)).await? else {
+            return Ok(ExitCode::from(INTERRUPTED));
+        };
+        let mut cluster = started?;
+        let mut signals = Signals::install()?;
+        let note = Note::leave(cluster.doors().1);
+        self.tell(&cluster);
+        let parent_gone = supervisor.shutdown_token();
+        let mut code = ExitCode::SUCCESS;
+        loop {
+            tokio::select! {
+                name = signals.next() => {
+                    eprintln!("baton: {name}: stopping (once more: at once)");
+                    break;
+                }
+                () = parent_gone.cancelled() => break,
+                ended = cluster.next_end() => {
+                    eprintln!("baton: {}", ended.report);
+                    if ended.fatal {
+                        eprintln!("baton: the cluster cannot go on without it: stopping");
+                        code = ExitCode::FAILURE;
+                        break;
+                    }
+                    eprintln!("baton: the cluster goes on without it");
+                }
+            }
+        }
+        drop(note);
+        tokio::select! {
+            stopped = cluster.stop() => stopped?,
+            // The children are killed as their handles go.
+            _ = signals.next() => return Ok(ExitCode::from(INTERRUPTED)),
+        }
+        Ok(code)
+    }
+
+    async fn start(&self, supervisor: &Supervisor) -> Result<Cluster> {
+        let model = self.shape.model.resolve().await?;
+        let options = ClusterOptions {
+            shape: self.shape.clone(),
+            model,
+            store: self.store.clone(),
+            name: self.cluster.clone(),
+            http_listen: self.http_listen,
+            grpc_listen: self.grpc_listen,
+            log_filter: self.log_filter.clone(),
+            show_logs: true,
+        };
+        Cluster::start(&options, supervisor).await
+    }
+
+    fn tell(&self, cluster: &Cluster) {
+        let ((http, grpc), model) = (cluster.doors(), cluster.model());
+        if self.json {
+            let line = json!({
+                "event": "ready", "http": http, "grpc": grpc, "model": model.id, "stub": model.stub, "pids": cluster.pids(),
+            });
+            println!("{line}");
+            return;
+        }
+        let stub = if model.stub {
+            " (a stub: scripted tokens, no model)"
+        } else {
+            ""
+        };
+        println!(
+            "\nServing {}{stub}, contexts of up to {} tokens\n",
+            model.id, model.context_tokens
+        );
+        println!("  OpenAI HTTP   http://{http}/v1");
+        println!("  gRPC          {grpc}");
+        for (name, announcement) in cluster.announcements() {
+            let admin = announcement.admin.as_deref().unwrap_or("none");
+            println!("  {name:<13} pid {}, metrics http://{admin}/metrics", announcement.pid);
+        }
+        let body = json!({
+            "model": model.id, "max_tokens": 64, "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        });
+        println!(
+            "\nTry\n\n  curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'"
+        );
+        println!("  baton chat\n  baton status\n\nCtrl-C stops it.\n");
+    }
+}

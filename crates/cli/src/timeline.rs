@@ -1,0 +1,216 @@
+//! What became of one request, as a picture for people and as JSON for programs. Pure.
+
+use baton_node_runtime::{format_bytes, format_duration};
+use baton_proto::v1::{FinishReason, Timeline, Usage};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+/// Width of the longest bar, columns.
+const BAR: u64 = 40;
+
+/// An answer that came to its end.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    /// The generated text.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens.
+    pub usage: Usage,
+    /// When and where.
+    pub timeline: Timeline,
+}
+
+/// One line of JSON; times in milliseconds.
+pub fn json(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
+    let timeline = &answer.timeline;
+    let ms = |us: u64| us as f64 / 1000.0;
+    json!({
+        "text": answer.text,
+        "completion_tokens": answer.usage.completion_tokens,
+        "finish_reason": finish_reason(answer.finish_reason),
+        "prefill_node": timeline.prefill_node,
+        "decode_node": timeline.decode_node,
+        "pids": pids,
+        "timeline": {
+            "queue_ms": ms(timeline.queue_us),
+            "prefill_ms": ms(timeline.prefill_us),
+            "prefill_tokens": timeline.prefill_tokens,
+            "cached_tokens": timeline.cached_tokens,
+            "handover_bytes": timeline.handover_bytes,
+            "handover_path": timeline.handover_path,
+            "exposed_ms": ms(timeline.exposed_us),
+            "ttft_ms": ms(timeline.ttft_us),
+            "decode_ms_per_token": ms(timeline.decode_us_per_token),
+        },
+    })
+    .to_string()
+}
+
+/// A few lines, phases in order, bars to one scale.
+pub fn picture(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
+    let (timeline, usage) = (&answer.timeline, &answer.usage);
+    let node = |name: &str| match pids.get(name) {
+        Some(pid) => format!("{name} (process {pid})"),
+        None => name.to_owned(),
+    };
+    let decode_us = timeline.decode_us_per_token * u64::from(usage.completion_tokens.saturating_sub(1));
+    let longest = [timeline.queue_us, timeline.prefill_us, timeline.exposed_us, decode_us]
+        .into_iter()
+        .max();
+    let bar = |us: u64| "█".repeat(scaled(us, longest.unwrap_or(0)));
+    let show = |us: u64| format_duration(Duration::from_micros(us));
+    let mut out = String::from("\n\n");
+    let mut row = |name: &str, us: u64, what: String| {
+        let _ = writeln!(
+            out,
+            "  {name:<10} {:>8}  {:<width$}  {what}",
+            show(us),
+            bar(us),
+            width = BAR as usize
+        );
+    };
+    row("queue", timeline.queue_us, "until the first chunk's compute".to_owned());
+    let cached = match timeline.cached_tokens {
+        0 => String::new(),
+        cached => format!(" (and {cached} from its cache)"),
+    };
+    let rate = per_second(timeline.prefill_tokens.into(), timeline.prefill_us);
+    let prefill = format!(
+        "{} tokens{cached} on {}{rate}",
+        timeline.prefill_tokens,
+        node(&timeline.prefill_node)
+    );
+    row("prefill", timeline.prefill_us, prefill);
+    let handover = match timeline.handover_bytes {
+        0 => "none: one node does both".to_owned(),
+        bytes => format!(
+            "{} of KV by {}; time not hidden behind compute",
+            format_bytes(bytes),
+            timeline.handover_path
+        ),
+    };
+    row("hand-over", timeline.exposed_us, handover);
+    let rate = per_second(1, timeline.decode_us_per_token);
+    let decode = format!(
+        "{} per token on {}{rate}",
+        show(timeline.decode_us_per_token),
+        node(&timeline.decode_node)
+    );
+    row("decode", decode_us, decode);
+    for fallback in &timeline.fallbacks {
+        let _ = writeln!(out, "  fell back  {fallback}");
+    }
+    let _ = write!(
+        out,
+        "\n  first token after {}; {} prompt tokens, {} generated (temperature 0), ended by {}",
+        show(timeline.ttft_us),
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        match answer.finish_reason {
+            FinishReason::Stop => "the model",
+            FinishReason::Length => "--max-tokens or the context's end",
+            FinishReason::Cancelled | FinishReason::Unspecified => "cancellation",
+        }
+    );
+    out
+}
+
+/// As OpenAI and the gRPC door write it.
+pub fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Cancelled => "cancelled",
+        FinishReason::Unspecified => "unspecified",
+    }
+}
+
+/// Columns of a bar; anything that took time has one.
+fn scaled(us: u64, longest: u64) -> usize {
+    let columns = (us * BAR).checked_div(longest).unwrap_or(0).max(u64::from(us > 0));
+    usize::try_from(columns).unwrap_or(0)
+}
+
+fn per_second(count: u64, us: u64) -> String {
+    match (count * 1_000_000).checked_div(us) {
+        Some(rate) if rate > 0 => format!(", {rate} tokens/s"),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer() -> Answer {
+        Answer {
+            text: "Because.".to_owned(),
+            finish_reason: FinishReason::Length,
+            usage: Usage {
+                prompt_tokens: 36,
+                completion_tokens: 11,
+                cached_tokens: 0,
+            },
+            timeline: Timeline {
+                queue_us: 800,
+                prefill_us: 90_000,
+                prefill_tokens: 36,
+                handover_bytes: 1_105_920,
+                handover_path: "tcp".to_owned(),
+                exposed_us: 1_300,
+                ttft_us: 92_000,
+                decode_us_per_token: 20_000,
+                prefill_node: "prefill-1".to_owned(),
+                decode_node: "decode-1".to_owned(),
+                attempts: 1,
+                ..Timeline::default()
+            },
+        }
+    }
+
+    #[test]
+    fn the_picture_names_every_phase() {
+        let pids = BTreeMap::from([("prefill-1".to_owned(), 7), ("decode-1".to_owned(), 8)]);
+        let picture = picture(&answer(), &pids);
+        for words in [
+            "36 tokens on prefill-1 (process 7), 400 tokens/s",
+            "1.1 MiB of KV by tcp",
+            "1.30 ms",
+            "20.0 ms per token on decode-1 (process 8), 50 tokens/s",
+            "first token after 92.0 ms",
+            "11 generated",
+        ] {
+            assert!(picture.contains(words), "`{words}` is not in {picture}");
+        }
+        let longest = picture.lines().map(|line| line.matches('█').count()).max();
+        assert_eq!(longest, Some(40));
+    }
+
+    #[test]
+    fn one_node_hands_nothing_over() {
+        let mut answer = answer();
+        answer.timeline.handover_bytes = 0;
+        assert!(picture(&answer, &BTreeMap::new()).contains("none: one node does both"));
+    }
+
+    #[test]
+    fn json_is_one_line_in_milliseconds() {
+        let line = json(&answer(), &BTreeMap::from([("coordinator".to_owned(), 1)]));
+        assert!(!line.contains('\n'));
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["timeline"]["queue_ms"], 0.8);
+        assert_eq!(value["timeline"]["handover_path"], "tcp");
+        assert_eq!(value["finish_reason"], "length");
+        assert_eq!(value["pids"]["coordinator"], 1);
+    }
+
+    #[test]
+    fn bars_keep_to_their_width() {
+        assert_eq!(scaled(0, 0), 0);
+        assert_eq!(scaled(1, 1_000_000), 1);
+        assert_eq!(scaled(5, 5), 40);
+    }
+}
