@@ -5,7 +5,9 @@
 
 pub mod api;
 mod core;
+mod driver;
 mod frontend;
+mod membership;
 
 pub use frontend::{
     ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PromptInput,

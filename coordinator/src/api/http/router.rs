@@ -12,12 +12,15 @@ use axum::routing::{get, post};
 use baton_types::RequestId;
 use http::{HeaderName, HeaderValue, Uri};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The door's limits.
 #[derive(Debug, Clone)]
 pub struct HttpOptions {
     /// Larger request bodies are refused. Bytes.
     pub body_bytes_max: usize,
+    /// A client that takes longer to send its request's body is refused.
+    pub body_timeout: Duration,
 }
 
 impl Default for HttpOptions {

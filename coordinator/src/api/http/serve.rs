@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 pub(super) async fn answer(door: Arc<Door>, kind: Kind, request: Request) -> Result<Response, HttpError> {
     let request_id = request.extensions().get().copied().unwrap_or_else(RequestId::random);
-    let body = body::read(request.into_body(), door.options.body_bytes_max).await?;
+    let body = body::read(request.into_body(), &door.options).await?;
     let asked = request::parse(kind, request_id, &body)?;
     tracing::debug!(
         %request_id, model = asked.input.model, stream = asked.stream, max_tokens = asked.input.max_tokens, bytes = body.len(),

@@ -1,0 +1,12 @@
+//! Performs what `core` decides: one supervised task per request, streams to its nodes, text, time. The front end lets
+//! requests in and hands them over.
+
+mod frontend;
+mod legs;
+mod placement;
+mod prepare;
+mod registry;
+mod task;
+mod text;
+
+pub(crate) use frontend::{Coordinator, CoordinatorOptions};

@@ -1,0 +1,455 @@
+//! One request's task: it waits for whatever happens next, asks the core what follows, and does it. It owns the request's
+//! state, legs, claims and text; when it ends, all of them are gone.
+
+use super::legs;
+use super::placement::{PlaceRequest, Placed, Placer, Waiting};
+use super::prepare::Prepared;
+use super::registry::Entry;
+use super::text::TextStage;
+use crate::core::{DecodeEvent, Effect, Event, Leg, Outcome, Peer, PrefillEvent, Request, RequestSpec, TokenBatch};
+use crate::membership::{Candidate, Claim, Members, Model};
+use crate::{ApiCode, Finished, GenerationEvent, Usage};
+use baton_node_runtime::{CancellationToken, Clock, Moment};
+use baton_proto::v1;
+use baton_types::{
+    Attempt, BlockHash, BlockHashChain, Budget, FinishReason, Instance, NumericsId, RequestId, Ticket, Work,
+};
+use futures::future::BoxFuture;
+use futures::stream::{BoxStream, StreamExt};
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How long the end of an answer may wait for the last figures of its timeline.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// What every task uses.
+pub(super) struct Shared {
+    pub(super) members: Members,
+    pub(super) placer: Placer,
+    pub(super) clock: Clock,
+    /// This coordinator.
+    pub(super) instance: Instance,
+}
+
+/// A request that has been let in.
+pub(super) struct Job {
+    pub(super) request_id: RequestId,
+    pub(super) model: Arc<Model>,
+    pub(super) prepared: Prepared,
+    pub(super) arrived: Moment,
+    pub(super) events: mpsc::Sender<GenerationEvent>,
+    pub(super) cancel: CancellationToken,
+    pub(super) entry: Entry,
+    /// Given up once the request has its first place.
+    pub(super) waiting: Option<Waiting>,
+}
+
+struct DecodeLeg {
+    leg: Leg,
+    commands: mpsc::Sender<v1::DecodeCommand>,
+    events: BoxStream<'static, DecodeEvent>,
+    claim: Claim,
+}
+
+struct PrefillLeg {
+    leg: Leg,
+    events: BoxStream<'static, PrefillEvent>,
+    /// Until the first token is there.
+    claim: Option<Claim>,
+}
+
+/// A ticket and the block hashes that go with it: the same for both nodes of a run.
+struct Identity {
+    numerics: NumericsId,
+    tokens: usize,
+    hashes: Vec<BlockHash>,
+}
+
+struct Task {
+    shared: Arc<Shared>,
+    job: Job,
+    request: Request,
+    text: TextStage,
+    deadline: Moment,
+    placing: Option<BoxFuture<'static, Result<Placed, crate::ApiError>>>,
+    held_prefill: Option<(Candidate, Claim)>,
+    held_decode: Option<(Candidate, Claim)>,
+    decode: Option<DecodeLeg>,
+    prefill: Option<PrefillLeg>,
+    grace: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    identity: Option<Identity>,
+    first_chunk_sent: bool,
+}
+
+/// Runs a request to its end.
+pub(super) async fn run(shared: Arc<Shared>, job: Job) {
+    let prepared = &job.prepared;
+    let spec = RequestSpec {
+        max_tokens: prepared.sampling.max_tokens as usize,
+        logprobs: prepared.sampling.logprobs.is_some(),
+        eos_tokens: if prepared.sampling.ignore_eos {
+            Arc::default()
+        } else {
+            Arc::clone(&job.model.eos_tokens)
+        },
+    };
+    let (request, effects) = Request::new(spec);
+    let task = Task {
+        text: TextStage::new(job.model.tokenizer.detokenizer(), prepared.stop.clone()),
+        deadline: job.arrived + prepared.timeout,
+        shared,
+        request,
+        placing: None,
+        held_prefill: None,
+        held_decode: None,
+        decode: None,
+        prefill: None,
+        grace: None,
+        identity: None,
+        first_chunk_sent: false,
+        job,
+    };
+    task.run(effects).await;
+}
+
+/// The next thing that an optional stream yields; never where there is none. A stream here always ends with a failure,
+/// upon which its leg is closed.
+async fn next<E>(stream: Option<&mut BoxStream<'static, E>>) -> E {
+    if let Some(stream) = stream
+        && let Some(event) = stream.next().await
+    {
+        return event;
+    }
+    pending().await
+}
+
+impl Task {
+    async fn run(mut self, mut effects: Vec<Effect>) {
+        let cancel = self.job.cancel.clone();
+        let mut cancelled = std::pin::pin!(cancel.cancelled());
+        let clock = self.shared.clock;
+        let mut deadline = std::pin::pin!(clock.sleep_until(self.deadline));
+        loop {
+            if self.perform_all(&mut effects) {
+                return;
+            }
+            let event = tokio::select! {
+                biased;
+                () = &mut cancelled => Event::Cancelled,
+                () = &mut deadline => Event::DeadlinePassed,
+                event = next(self.decode.as_mut().map(|leg| &mut leg.events)) => self.decode_said(event),
+                event = next(self.prefill.as_mut().map(|leg| &mut leg.events)) => self.prefill_said(event),
+                placed = async {
+                    match &mut self.placing {
+                        Some(placing) => placing.await,
+                        None => pending().await,
+                    }
+                } => self.placed(placed),
+                () = async {
+                    match &mut self.grace {
+                        Some(grace) => grace.await,
+                        None => pending().await,
+                    }
+                } => {
+                    self.grace = None;
+                    Event::GraceOver
+                }
+            };
+            self.request.on(event, self.now_us(), &mut effects);
+        }
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.shared.clock.elapsed(self.job.arrived).as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn decode_said(&mut self, event: DecodeEvent) -> Event {
+        let Some(leg) = &mut self.decode else {
+            return Event::GraceOver;
+        };
+        if matches!(event, DecodeEvent::Committed { .. } | DecodeEvent::Tokens { .. }) {
+            leg.claim.started();
+        }
+        Event::Decode(leg.leg, event)
+    }
+
+    fn prefill_said(&mut self, event: PrefillEvent) -> Event {
+        let Some(leg) = &mut self.prefill else {
+            return Event::GraceOver;
+        };
+        if matches!(event, PrefillEvent::FirstToken(_)) {
+            leg.claim = None;
+        }
+        Event::Prefill(leg.leg, event)
+    }
+
+    fn placed(&mut self, placed: Result<Placed, crate::ApiError>) -> Event {
+        self.placing = None;
+        match placed {
+            Ok(placed) => {
+                self.job.waiting = None;
+                let placement = placed.placement();
+                self.held_prefill = placed.prefill;
+                self.held_decode = Some(placed.decode);
+                Event::Placed(placement)
+            }
+            Err(error) => Event::NotPlaced(error),
+        }
+    }
+
+    /// True: the request is over.
+    fn perform_all(&mut self, effects: &mut Vec<Effect>) -> bool {
+        loop {
+            for effect in effects.drain(..) {
+                if let Effect::End(outcome) = effect {
+                    self.end(outcome);
+                    return true;
+                }
+                self.perform(effect);
+            }
+            let Some(completion_tokens) = self.text.stopped() else {
+                return false;
+            };
+            self.request
+                .on(Event::Stopped { completion_tokens }, self.now_us(), effects);
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Place { keep_decode } => self.place(keep_decode),
+            Effect::OpenDecode {
+                leg,
+                attempt,
+                local_prefill,
+                ..
+            } => self.open_decode(leg, attempt, local_prefill),
+            Effect::OpenPrefill {
+                leg,
+                ticket,
+                attempt,
+                peer,
+                base,
+                ..
+            } => {
+                self.open_prefill(leg, ticket, attempt, peer, base);
+            }
+            Effect::Supersede { leg, attempt } => self.supersede(leg, attempt),
+            Effect::Close(leg) => {
+                self.decode.take_if(|open| open.leg == leg);
+                self.prefill.take_if(|open| open.leg == leg);
+            }
+            Effect::Deliver(batch) => self.deliver(batch),
+            Effect::NodeFailed { node, message } => {
+                let request_id = self.job.request_id;
+                tracing::warn!(%request_id, node_id = %node.id, error = message, "node failed a request");
+                metrics::counter!("baton_coordinator_node_failures_total").increment(1);
+                self.shared.members.inhibit(&node, &message);
+            }
+            Effect::NodeFull(node) => self.shared.members.full(&node),
+            Effect::StartGrace => {
+                let clock = self.shared.clock;
+                self.grace = Some(Box::pin(async move { clock.sleep(GRACE).await }));
+            }
+            Effect::End(outcome) => self.end(outcome),
+        }
+    }
+
+    fn place(&mut self, keep_decode: Option<Instance>) {
+        (self.held_prefill, self.held_decode) = (None, None);
+        let context = self.job.prepared.prompt.len() + self.request.generated().len();
+        let request = PlaceRequest {
+            model: self.job.model.card.name.clone(),
+            context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
+            excluded: self.request.excluded().to_vec(),
+            keep_decode,
+            again: self.job.waiting.is_none(),
+        };
+        let shared = Arc::clone(&self.shared);
+        self.placing = Some(Box::pin(async move { shared.placer.place(request).await }));
+    }
+
+    fn open_decode(&mut self, leg: Leg, attempt: Attempt, local_prefill: bool) {
+        let (candidate, claim) = self
+            .held_decode
+            .take()
+            .expect("nodes are opened only as placement chose them");
+        // Blocks are named after the arithmetic of the node that computes them.
+        let numerics = self
+            .held_prefill
+            .as_ref()
+            .map_or(&candidate.numerics, |(prefill, _)| &prefill.numerics)
+            .clone();
+        let base = self.request.generated().len();
+        let open = v1::DecodeOpen {
+            work: Some(self.work(Ticket::random(), attempt, base, &numerics)),
+            local_prefill,
+            instance: candidate.node.instance.to_string(),
+        };
+        let (commands, events) = legs::decode(candidate.channel, open);
+        self.decode = Some(DecodeLeg {
+            leg,
+            commands,
+            events,
+            claim,
+        });
+    }
+
+    fn open_prefill(&mut self, leg: Leg, ticket: Ticket, attempt: Attempt, peer: Peer, base: usize) {
+        let (candidate, claim) = self
+            .held_prefill
+            .take()
+            .expect("nodes are opened only as placement chose them");
+        self.held_decode = None;
+        let request = v1::PrefillRequest {
+            work: Some(self.work(ticket, attempt, base, &candidate.numerics)),
+            decode: Some(v1::TransferPeer {
+                node_id: peer.node.to_string(),
+                instance: peer.instance.to_string(),
+                addresses: peer.addresses,
+            }),
+            instance: candidate.node.instance.to_string(),
+        };
+        let events = legs::prefill(candidate.channel, request);
+        self.prefill = Some(PrefillLeg {
+            leg,
+            events,
+            claim: Some(claim),
+        });
+    }
+
+    fn supersede(&mut self, leg: Leg, attempt: Attempt) {
+        let Some(open) = self.decode.as_ref().filter(|open| open.leg == leg) else {
+            return;
+        };
+        let command = v1::decode_command::Command::Supersede(v1::Supersede { attempt: attempt.0 });
+        // A stream that takes no command is broken, and says so by itself.
+        let _ = open.commands.try_send(v1::DecodeCommand { command: Some(command) });
+    }
+
+    fn work(&mut self, ticket: Ticket, attempt: Attempt, base: usize, numerics: &NumericsId) -> v1::Work {
+        let generated = self.request.generated()[..base].to_vec();
+        let (prompt, tokens) = (&self.job.prepared.prompt, self.job.prepared.prompt.len() + base);
+        let known = self
+            .identity
+            .take()
+            .filter(|known| known.tokens == tokens && known.numerics == *numerics);
+        let identity = known.unwrap_or_else(|| {
+            let mut scope = self.job.model.card.cache_scope("");
+            scope.numerics = numerics.clone();
+            let block_tokens = self.job.model.card.block_tokens as usize;
+            let hashes = if base == 0 {
+                BlockHashChain::full_blocks(&scope, prompt, block_tokens)
+            } else {
+                BlockHashChain::full_blocks(&scope, &[prompt.as_slice(), &generated].concat(), block_tokens)
+            };
+            Identity {
+                numerics: numerics.clone(),
+                tokens,
+                hashes,
+            }
+        });
+        let left = self.deadline.saturating_since(self.shared.clock.now());
+        let work = Work {
+            request_id: self.job.request_id,
+            ticket,
+            attempt,
+            prompt: prompt.clone(),
+            generated,
+            sampling: self.job.prepared.sampling.clone(),
+            block_hashes: identity.hashes.clone(),
+            budget: Budget(left),
+            coordinator: self.shared.instance,
+            fingerprint: self.job.model.card.fingerprint,
+        };
+        self.identity = Some(identity);
+        work.into()
+    }
+
+    fn deliver(&mut self, batch: TokenBatch) {
+        if !std::mem::replace(&mut self.first_chunk_sent, true) {
+            let ttft = self.shared.clock.elapsed(self.job.arrived);
+            metrics::histogram!("baton_coordinator_ttft_seconds").record(ttft);
+        }
+        metrics::counter!("baton_coordinator_tokens_total").increment(batch.tokens.len() as u64);
+        if let Some(chunk) = self.text.push(batch) {
+            self.send(GenerationEvent::Chunk(chunk));
+        }
+    }
+
+    /// There is room for a chunk per token and the end; a client that is gone cancels by itself.
+    fn send(&self, event: GenerationEvent) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.job.events.try_send(event) {
+            tracing::error!(request_id = %self.job.request_id, "event channel is full");
+            self.job.cancel.cancel();
+        }
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        let request_id = self.job.request_id;
+        let elapsed_us = self.now_us();
+        let (label, event) = match outcome {
+            Outcome::Finished {
+                reason,
+                completion_tokens,
+                cached_tokens,
+                timeline,
+            } => {
+                if let Some(rest) = self.text.finish() {
+                    self.send(GenerationEvent::Chunk(rest));
+                }
+                // A stop string may stand in the very tokens that came with another end.
+                let (reason, completion_tokens) = match self.text.stopped() {
+                    Some(counted) => (FinishReason::Stop, counted),
+                    None => (reason, completion_tokens),
+                };
+                let usage = Usage {
+                    prompt_tokens: u32::try_from(self.job.prepared.prompt.len()).unwrap_or(u32::MAX),
+                    completion_tokens: u32::try_from(completion_tokens).unwrap_or(u32::MAX),
+                    cached_tokens,
+                };
+                tracing::debug!(%request_id, ?reason, completion_tokens, elapsed_us, ?timeline, "request finished");
+                (
+                    reason_label(reason),
+                    GenerationEvent::Finished(Finished {
+                        reason,
+                        usage,
+                        timeline,
+                    }),
+                )
+            }
+            Outcome::Failed(error) => {
+                tracing::debug!(%request_id, elapsed_us, %error, "request failed");
+                (code_label(error.code), GenerationEvent::Failed(error))
+            }
+        };
+        metrics::counter!("baton_coordinator_requests_total", "outcome" => label).increment(1);
+        // The request is off the books before the client learns of its end, so that who counts afterwards counts right.
+        (self.decode, self.prefill, self.held_decode, self.held_prefill) = (None, None, None, None);
+        self.job.entry.leave();
+        self.send(event);
+    }
+}
+
+fn reason_label(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Cancelled => "cancelled",
+    }
+}
+
+/// An error's kind, as metrics show it.
+pub(super) fn code_label(code: ApiCode) -> &'static str {
+    match code {
+        ApiCode::InvalidArgument => "invalid_argument",
+        ApiCode::NotFound => "not_found",
+        ApiCode::ResourceExhausted => "resource_exhausted",
+        ApiCode::Unavailable => "unavailable",
+        ApiCode::DeadlineExceeded => "deadline_exceeded",
+        ApiCode::Internal => "internal",
+    }
+}

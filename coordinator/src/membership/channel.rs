@@ -1,0 +1,28 @@
+//! The connection to one node: HTTP/2, shared by all that is asked of it, kept alive by pings so that a node that was cut
+//! off is noticed within 4 s.
+
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
+/// All streams together: tokens of other requests never wait for the window.
+const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 512 * 1024;
+
+/// Connects when first used, and again after each loss.
+///
+/// # Errors
+/// Where `address` is no `host:port`.
+pub(super) fn open(address: &str) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES);
+    Ok(endpoint.connect_lazy())
+}
