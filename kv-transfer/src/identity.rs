@@ -31,9 +31,18 @@ impl Identity {
     ///
     /// # Errors
     /// [`TransferError::Refused`] naming the first differing field.
-    pub fn check_peer(&self, major: u32, fingerprint: &ModelFingerprint, geometry: &KvGeometry) -> Result<(), TransferError> {
+    pub fn check_peer(
+        &self,
+        major: u32,
+        fingerprint: &ModelFingerprint,
+        geometry: &KvGeometry,
+    ) -> Result<(), TransferError> {
         let refused = |field: &str, ours: String, theirs: String| {
-            Err(TransferError::Refused { field: field.to_owned(), ours, theirs })
+            Err(TransferError::Refused {
+                field: field.to_owned(),
+                ours,
+                theirs,
+            })
         };
         if major != WIRE_MAJOR {
             return refused("wire_major", WIRE_MAJOR.to_string(), major.to_string());
@@ -62,7 +71,9 @@ pub struct Peer {
 impl Peer {
     /// The part behind `scheme://` of the first address of that scheme.
     pub fn address(&self, scheme: &str) -> Option<&str> {
-        self.addresses.iter().find_map(|address| address.strip_prefix(scheme)?.strip_prefix("://"))
+        self.addresses
+            .iter()
+            .find_map(|address| address.strip_prefix(scheme)?.strip_prefix("://"))
     }
 }
 

@@ -7,10 +7,12 @@
 #![warn(missing_docs)]
 
 mod arena;
+mod control;
 mod endpoint;
 mod error;
 mod identity;
 mod options;
+mod session;
 pub mod transport;
 
 pub use arena::{Arena, ArenaError};

@@ -58,15 +58,39 @@ impl Default for EndpointOptions {
 impl EndpointOptions {
     pub(crate) fn validate(&self) -> Result<(), StartError> {
         let check = |ok: bool, option, value: String, reason| {
-            if ok { Ok(()) } else { Err(StartError::Option { option, value, reason }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(StartError::Option { option, value, reason })
+            }
         };
-        check(!self.transports.is_empty(), "transports", String::new(), "at least one is needed")?;
+        check(
+            !self.transports.is_empty(),
+            "transports",
+            String::new(),
+            "at least one is needed",
+        )?;
         let n = self.connections_per_peer;
-        check((1..=64).contains(&n), "connections_per_peer", n.to_string(), "it must be 1 to 64")?;
+        check(
+            (1..=64).contains(&n),
+            "connections_per_peer",
+            n.to_string(),
+            "it must be 1 to 64",
+        )?;
         let share = self.quarantine_share;
-        check(share > 0.0 && share <= 1.0, "quarantine_share", share.to_string(), "it must be above 0 and at most 1")?;
+        check(
+            share > 0.0 && share <= 1.0,
+            "quarantine_share",
+            share.to_string(),
+            "it must be above 0 and at most 1",
+        )?;
         let n = self.handovers_max;
-        check((1..=1 << 20).contains(&n), "handovers_max", n.to_string(), "it must be 1 to 1048576")?;
+        check(
+            (1..=1 << 20).contains(&n),
+            "handovers_max",
+            n.to_string(),
+            "it must be 1 to 1048576",
+        )?;
         for (option, bound) in [
             ("reservation_lease", self.reservation_lease),
             ("fence_timeout", self.fence_timeout),

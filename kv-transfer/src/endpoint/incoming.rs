@@ -1,11 +1,15 @@
 //! The receiver's handle of one expected hand-over.
 
+use super::receiving::Receiving;
+use crate::session::Event;
 use crate::{PathKind, TransferError};
 use baton_types::{Attempt, BlockHash, Epoch, Ticket};
 use bytes::Bytes;
 use std::any::Any;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// A hand-over that is expected.
 #[derive(Debug, Clone)]
@@ -64,38 +68,84 @@ pub enum IncomingEvent {
 impl fmt::Debug for IncomingEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Granted { epoch, held, fresh } => {
-                f.debug_struct("Granted").field("epoch", epoch).field("held", held).field("fresh", fresh).finish()
-            }
+            Self::Granted { epoch, held, fresh } => f
+                .debug_struct("Granted")
+                .field("epoch", epoch)
+                .field("held", held)
+                .field("fresh", fresh)
+                .finish(),
             Self::FirstBlock => f.write_str("FirstBlock"),
-            Self::Committed { attempt, held_blocks, bytes, path, .. } => f
+            Self::Committed {
+                attempt,
+                held_blocks,
+                bytes,
+                path,
+                ..
+            } => f
                 .debug_struct("Committed")
                 .field("attempt", attempt)
                 .field("held_blocks", held_blocks)
                 .field("bytes", bytes)
                 .field("path", path)
                 .finish_non_exhaustive(),
-            Self::AttemptFailed { attempt, error } => {
-                f.debug_struct("AttemptFailed").field("attempt", attempt).field("error", error).finish()
-            }
+            Self::AttemptFailed { attempt, error } => f
+                .debug_struct("AttemptFailed")
+                .field("attempt", attempt)
+                .field("error", error)
+                .finish(),
         }
     }
 }
 
 /// One expected hand-over. Dropping it ends it: its epochs are fenced, its blocks quarantined and then freed.
-#[derive(Debug)]
 pub struct Incoming {
-    _private: (),
+    ticket: Ticket,
+    events: mpsc::Receiver<IncomingEvent>,
+    receiving: Arc<Receiving>,
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Incoming")
+            .field("ticket", &self.ticket)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Incoming {
-    /// The next event. Pending for ever once `Committed` was given. Cancel safe.
-    pub async fn next(&mut self) -> IncomingEvent {
-        todo!()
+    pub(super) fn new(ticket: Ticket, events: mpsc::Receiver<IncomingEvent>, receiving: Arc<Receiving>) -> Self {
+        Self {
+            ticket,
+            events,
+            receiving,
+        }
     }
 
-    /// Gives the hand-over to a later attempt: every earlier one is fenced from here on.
-    pub fn supersede(&mut self, _attempt: Attempt) {
-        todo!()
+    /// Its name.
+    pub fn ticket(&self) -> Ticket {
+        self.ticket
+    }
+
+    /// The next event. Pending for ever once `Committed` was given. Cancel safe.
+    pub async fn next(&mut self) -> IncomingEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Gives the hand-over to a later attempt: every earlier one is fenced from here on, without an event. An attempt that is
+    /// not later changes nothing.
+    pub fn supersede(&mut self, attempt: Attempt) {
+        self.receiving.event(Event::Supersede {
+            ticket: self.ticket,
+            attempt,
+        });
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.receiving.forget(self.ticket);
     }
 }

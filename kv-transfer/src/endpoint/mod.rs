@@ -1,8 +1,13 @@
 //! The driver: owns sockets, tasks and timers, performs the effects of the pure state machines in `session`.
 
+mod accept;
 mod blocks;
 mod incoming;
+mod landing;
+mod link;
 mod outgoing;
+mod receiving;
+mod sending;
 mod service;
 mod stats;
 

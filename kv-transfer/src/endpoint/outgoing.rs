@@ -1,9 +1,14 @@
 //! The sender's handle of one hand-over.
 
+use super::sending::Sending;
+use crate::control::PAYLOAD_BYTES_MAX;
+use crate::session::SenderEvent;
+use crate::transport::Extent;
 use crate::{PathKind, Peer, TransferError};
 use baton_types::{Attempt, BlockId, Epoch, Ticket};
 use bytes::Bytes;
 use std::any::Any;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,47 +52,91 @@ pub struct HandoverReport {
     pub reserve_wait: Duration,
 }
 
-/// One hand-over to a peer. Dropping it aborts: the receiver is told, and every claim is dropped as soon as no write names its block.
-#[derive(Debug)]
+/// One hand-over to a peer. Dropping it aborts: the receiver is told, and every claim is dropped as soon as no write names
+/// its block.
 pub struct Outgoing {
-    _private: (),
+    sending: Arc<Sending>,
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ticket, attempt) = self.sending.key();
+        f.debug_struct("Outgoing")
+            .field("ticket", &ticket)
+            .field("attempt", &attempt)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Outgoing {
-    /// Asks the receiver for blocks and waits for them. Asked again after a grant, it gives the same grant.
+    pub(super) fn new(sending: Arc<Sending>) -> Self {
+        Self { sending }
+    }
+
+    /// Asks the receiver for blocks and waits for them. Asked again after a grant, it gives the same grant. Cancel safe: the
+    /// ask stays.
     ///
     /// # Errors
-    /// Whatever ends the attempt.
+    /// Whatever ended the attempt.
     pub async fn reserve(&mut self) -> Result<Granted, TransferError> {
-        todo!()
+        self.sending.granted().await
     }
 
     /// Queues `layers` of the block `source`, which is the `ordinal`-th of the context. Never waits. `claim` is dropped as
-    /// soon as no write names the block any more: it is what frees source blocks. An ordinal that the receiver does not
-    /// want is accepted and its claim dropped.
+    /// soon as no write names the block any more: it is what frees source blocks. An ordinal that the receiver holds already
+    /// is accepted and its claim dropped.
     ///
     /// # Errors
-    /// Before the grant, and whatever ended the attempt.
+    /// [`TransferError::Protocol`] before the grant, outside the context or pushed before (the latter two end the attempt),
+    /// and whatever ended the attempt.
     pub fn push(
         &self,
-        _ordinal: u32,
-        _layers: Range<u32>,
-        _source: BlockId,
-        _claim: Arc<dyn Any + Send + Sync>,
+        ordinal: u32,
+        layers: Range<u32>,
+        source: BlockId,
+        claim: Arc<dyn Any + Send + Sync>,
     ) -> Result<(), TransferError> {
-        todo!()
+        self.sending.push(Extent {
+            ordinal,
+            layers,
+            source,
+            claim,
+        })
     }
 
-    /// Says that everything was pushed, and waits until the receiver has committed. `payload` reaches it as it is.
+    /// Says that work for this hand-over goes on, where pushes are far apart: renews the receiver's lease. Cheap; at most
+    /// four messages go out per lease.
+    pub fn renew(&self) {
+        self.sending.handle(SenderEvent::Renew);
+    }
+
+    /// Says that everything was pushed, and waits until the receiver has committed. `payload` reaches it as it is. Dropping
+    /// the future aborts.
     ///
     /// # Errors
-    /// Whatever ended the attempt; [`TransferError::Protocol`] where a wanted extent was never pushed.
-    pub async fn complete(self, _payload: Bytes) -> Result<HandoverReport, TransferError> {
-        todo!()
+    /// Whatever ended the attempt; [`TransferError::Protocol`] where a wanted extent was never pushed, or the payload is
+    /// larger than 512 KiB.
+    pub async fn complete(self, payload: Bytes) -> Result<HandoverReport, TransferError> {
+        if payload.len() > PAYLOAD_BYTES_MAX {
+            let reason = format!("a payload of {} bytes; {PAYLOAD_BYTES_MAX} are allowed", payload.len());
+            return Err(TransferError::Protocol { reason });
+        }
+        self.sending.handle(SenderEvent::Complete { payload });
+        self.sending.committed().await
     }
 
-    /// Resolves when the attempt has ended without success (peer gone, fenced, deadline, ...), so that compute can stop.
+    /// Resolves when the attempt has failed (peer gone, fenced, deadline, ...), so that compute can stop. Never where it
+    /// succeeds.
     pub async fn failed(&self) -> TransferError {
-        todo!()
+        self.sending.failed().await
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        let error = TransferError::Aborted {
+            reason: "the sender gave the hand-over up".to_owned(),
+        };
+        self.sending.handle(SenderEvent::Abort { error });
     }
 }

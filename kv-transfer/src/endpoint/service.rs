@@ -1,63 +1,368 @@
-//! The endpoint: one per process.
+//! The endpoint: one per process. It owns the transports, the listener, both drivers and the task that watches the time.
 
+use super::accept::Acceptor;
+use super::landing::GrantBook;
+use super::link::{LinkParts, Links};
+use super::receiving::{Receiving, ReceivingParts};
+use super::sending::{Sending, SendingParts};
+use super::stats::Counters;
 use super::{DestinationBlocks, ExpectSpec, Incoming, Outgoing, OutgoingSpec, TransferStats};
-use crate::{EndpointOptions, ExpectError, Identity, Peer, StartError};
-use baton_node_runtime::{Clock, Supervisor};
-use baton_types::ArenaView;
+use crate::session::{Limits, SenderEvent};
+use crate::transport::{Local, MemoryNetwork, MemoryOptions, MemoryTransport, TcpOptions, TcpTransport, Transport};
+use crate::{EndpointOptions, ExpectError, Identity, PathKind, Peer, StartError, TransferError};
+use baton_node_runtime::{CancellationToken, Clock, Supervisor};
+use baton_types::{ArenaView, Epoch, Instance};
+use futures::future::join_all;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
 
-/// One process's end of all its hand-overs. Cheap to clone.
+/// An ask that waited this long is served before all that came later.
+const AGEING: Duration = Duration::from_secs(5);
+
+/// One process's end of all its hand-overs. Cheap to clone; when the last clone is dropped it ends as by
+/// [`Endpoint::shutdown`], unawaited.
 #[derive(Clone)]
-pub struct Endpoint {
-    _private: (),
+pub struct Endpoint(Arc<Service>);
+
+struct Service {
+    options: EndpointOptions,
+    identity: Identity,
+    peer: Peer,
+    receiving: Arc<Receiving>,
+    links: Arc<Links>,
+    sending: Arc<AtomicUsize>,
+    counters: Arc<Counters>,
+    clock: Clock,
+    supervisor: Supervisor,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.tracker.close();
+        self.stop.cancel();
+    }
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint")
+            .field("peer", &self.0.peer)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Endpoint {
-    /// Listens, starts its tasks.
+    /// Listens, starts its tasks. Control connections come to `options.listen`, tcp data to the port after it; where that
+    /// port is 0, both are the system's choice.
     ///
     /// # Errors
     /// An option out of range, an address that cannot be had, an arena of another shape than the identity says.
     pub async fn start(
-        _options: EndpointOptions,
-        _identity: Identity,
-        _arena: ArenaView,
-        _blocks: Arc<dyn DestinationBlocks>,
-        _clock: Clock,
-        _supervisor: Supervisor,
+        options: EndpointOptions,
+        identity: Identity,
+        arena: ArenaView,
+        blocks: Arc<dyn DestinationBlocks>,
+        clock: Clock,
+        supervisor: Supervisor,
     ) -> Result<Self, StartError> {
-        todo!()
+        options.validate()?;
+        identity.geometry.check_same(arena.geometry())?;
+        let counters = Arc::new(Counters::default());
+        let receiving = Arc::new(Receiving::new(ReceivingParts {
+            limits: limits(&options, &arena),
+            arena_blocks: arena.blocks(),
+            geometry: *arena.geometry(),
+            blocks,
+            counters: Arc::clone(&counters),
+            clock,
+        }));
+        let listen = |source| StartError::Listen {
+            address: options.listen,
+            source,
+        };
+        let listener = TcpListener::bind(options.listen).await.map_err(listen)?;
+        let bound = listener.local_addr().map_err(listen)?;
+        let local = |path| Local {
+            identity: identity.clone(),
+            arena: arena.clone(),
+            landing: Arc::new(GrantBook {
+                receiving: Arc::clone(&receiving),
+                path,
+            }),
+            clock,
+            supervisor: supervisor.clone(),
+        };
+        let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
+        for path in &options.transports {
+            match start_transport(*path, &options, local(*path)).await {
+                Ok(transport) => transports.push(transport),
+                Err(error) => {
+                    join_all(transports.iter().map(|transport| transport.shutdown())).await;
+                    return Err(error);
+                }
+            }
+        }
+        let mut addresses = vec![control_address(&options, bound)];
+        addresses.extend(transports.iter().map(|transport| transport.address()));
+        let peer = Peer {
+            node: identity.node.clone(),
+            instance: identity.instance,
+            addresses,
+        };
+        let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+        let links = Arc::new(Links::new(LinkParts {
+            options: options.clone(),
+            identity: identity.clone(),
+            transports: transports.clone(),
+            clock,
+            supervisor: supervisor.clone(),
+            tracker: tracker.clone(),
+            stop: stop.clone(),
+        }));
+        let acceptor = Arc::new(Acceptor {
+            options: options.clone(),
+            identity: identity.clone(),
+            receiving: Arc::clone(&receiving),
+            clock,
+            supervisor: supervisor.clone(),
+            tracker: tracker.clone(),
+            stop: stop.clone(),
+        });
+        supervisor.spawn("transfer-accept", tracker.track_future(acceptor.run(listener)));
+        let keeper = Keeper {
+            receiving: Arc::clone(&receiving),
+            transports,
+            clock,
+            supervisor: supervisor.clone(),
+            tracker: tracker.clone(),
+            stop: stop.clone(),
+        };
+        supervisor.spawn("transfer-keeper", tracker.track_future(keeper.run()));
+        tracing::info!(addresses = ?peer.addresses, "ready for hand-overs");
+        let sending = Arc::new(AtomicUsize::new(0));
+        let service = Service {
+            options,
+            identity,
+            peer,
+            receiving,
+            links,
+            sending,
+            counters,
+            clock,
+            supervisor,
+            tracker,
+            stop,
+        };
+        Ok(Self(Arc::new(service)))
     }
 
     /// How peers reach this endpoint.
     pub fn peer(&self) -> Peer {
-        todo!()
+        self.0.peer.clone()
     }
 
-    /// Expects a hand-over. Nothing is set aside before its sender asks.
+    /// Expects a hand-over. Nothing is set aside before its sender asks. Fewer blocks than the context needs are raised to
+    /// that.
     ///
     /// # Errors
-    /// A ticket in use, a hand-over too large, too many of them.
-    pub fn expect(&self, _spec: ExpectSpec) -> Result<Incoming, ExpectError> {
-        todo!()
+    /// A ticket in use, a hand-over larger than the arena, too many of them, no time left, or the end of this endpoint.
+    pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, ExpectError> {
+        self.0.receiving.expect(spec)
     }
 
-    /// Begins a hand-over to a peer: connects in the background. Failures appear in the handle's calls.
-    pub fn open(&self, _spec: OutgoingSpec) -> Outgoing {
-        todo!()
+    /// Begins a hand-over to a peer: connects in the background, where there is no link yet. Failures appear in the handle's
+    /// calls.
+    pub fn open(&self, spec: OutgoingSpec) -> Outgoing {
+        let service = &self.0;
+        let sending = Arc::new(Sending::new(SendingParts {
+            spec,
+            geometry: service.identity.geometry,
+            fence_timeout: service.options.fence_timeout,
+            answer_timeout: service.options.progress_timeout,
+            clock: service.clock,
+            counters: Arc::clone(&service.counters),
+        }));
+        let limit = service.options.handovers_max;
+        let count = Counted::new(&service.sending, &service.counters);
+        let refused = match count.0.load(Ordering::Relaxed) {
+            n if n > limit => Some(TransferError::TooMany {
+                what: "hand-overs",
+                limit,
+            }),
+            _ if service.stop.is_cancelled() => Some(TransferError::ShuttingDown),
+            _ => None,
+        };
+        match refused {
+            Some(error) => sending.handle(SenderEvent::ConnectFailed { error }),
+            None => {
+                let (running, links) = (Arc::clone(&sending), Arc::clone(&service.links));
+                let run = async move {
+                    let _count = count;
+                    running.run(links).await;
+                };
+                service
+                    .supervisor
+                    .spawn("transfer-send", service.tracker.track_future(run));
+            }
+        }
+        Outgoing::new(sending)
     }
 
-    /// Blocks became free: serve the asks that wait.
+    /// Blocks became free: serve the asks that wait. May be called from within the block pool.
     pub fn room_changed(&self) {
-        todo!()
+        self.0.receiving.room_changed();
     }
 
     /// What it does now and has done.
     pub fn stats(&self) -> TransferStats {
-        todo!()
+        self.0.counters.snapshot()
     }
 
-    /// Ends every hand-over with an explicit failure, closes every connection and joins every task.
+    /// Ends every hand-over with an explicit failure, closes every connection and joins every task. Blocks in quarantine are
+    /// released: nothing can write them any more.
     pub async fn shutdown(&self) {
-        todo!()
+        self.0.tracker.close();
+        self.0.stop.cancel();
+        self.0.tracker.wait().await;
+    }
+}
+
+fn limits(options: &EndpointOptions, arena: &ArenaView) -> Limits {
+    // A share of at most 1 of a count of blocks fits the count's type; the fraction is dropped.
+    let peer_blocks = (arena.blocks() as f64 * f64::from(options.quarantine_share)) as usize;
+    Limits {
+        layers: arena.geometry().layers,
+        block_tokens: arena.geometry().block_tokens,
+        peer_blocks,
+        lease: options.reservation_lease,
+        fence_timeout: options.fence_timeout,
+        ageing: AGEING,
+        handovers: options.handovers_max,
+        remembered: options.handovers_max,
+    }
+}
+
+fn control_address(options: &EndpointOptions, bound: SocketAddr) -> String {
+    match &options.advertise {
+        Some(host) if host.contains(':') && !host.starts_with('[') => format!("control://[{host}]:{}", bound.port()),
+        Some(host) => format!("control://{host}:{}", bound.port()),
+        None => format!("control://{bound}"),
+    }
+}
+
+async fn start_transport(
+    path: PathKind,
+    options: &EndpointOptions,
+    local: Local,
+) -> Result<Arc<dyn Transport>, StartError> {
+    match path {
+        PathKind::Memory => {
+            let instance = local.identity.instance;
+            let memory = MemoryOptions {
+                name: instance.to_string(),
+                connections_per_peer: options.connections_per_peer,
+                bytes_in_flight_max: options.bytes_in_flight_max,
+            };
+            let started = MemoryTransport::start(&MemoryNetwork::of_process(), memory, local);
+            Ok(Arc::new(started.map_err(|_| StartError::InstanceInUse { instance })?))
+        }
+        PathKind::Tcp => {
+            let mut address = options.listen;
+            address.set_port(match address.port() {
+                0 => 0,
+                port => port.checked_add(1).ok_or(StartError::Option {
+                    option: "transfer_listen",
+                    value: address.to_string(),
+                    reason: "tcp data comes to the port after it",
+                })?,
+            });
+            let tcp = TcpOptions {
+                listen: address,
+                advertise: options.advertise.clone(),
+                connections_per_peer: options.connections_per_peer,
+                crc: options.crc,
+                connect_timeout: options.connect_timeout,
+                progress_timeout: options.progress_timeout,
+                bytes_in_flight_max: options.bytes_in_flight_max,
+            };
+            let bound = TcpTransport::bind(tcp, local).await;
+            Ok(Arc::new(
+                bound.map_err(|source| StartError::Listen { address, source })?,
+            ))
+        }
+        PathKind::Shm | PathKind::Rdma | PathKind::Cuda => Err(StartError::Option {
+            option: "transports",
+            value: path.to_string(),
+            reason: "this build has memory and tcp",
+        }),
+    }
+}
+
+/// One hand-over being made, for as long as its task lives.
+struct Counted(Arc<AtomicUsize>, Arc<Counters>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>, counters: &Arc<Counters>) -> Self {
+        let now = count.fetch_add(1, Ordering::Relaxed) + 1;
+        counters.sending(now);
+        Self(Arc::clone(count), Arc::clone(counters))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let before = self.0.fetch_sub(1, Ordering::Relaxed);
+        self.1.sending(before.saturating_sub(1));
+    }
+}
+
+/// The task that watches the receiver's time, destroys connections for it, and ends everything at last.
+struct Keeper {
+    receiving: Arc<Receiving>,
+    transports: Vec<Arc<dyn Transport>>,
+    clock: Clock,
+    supervisor: Supervisor,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Keeper {
+    async fn run(self) {
+        loop {
+            let (condemned, next) = self.receiving.due();
+            for (instance, through) in condemned {
+                self.disconnect(instance, through);
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => break,
+                () = self.receiving.woken() => {}
+                () = self.clock.sleep_until(next) => {}
+            }
+        }
+        self.receiving.close();
+        join_all(self.transports.iter().map(|transport| transport.shutdown())).await;
+        self.receiving.nothing_writes();
+    }
+
+    fn disconnect(&self, instance: Instance, through: Epoch) {
+        let (transports, receiving) = (self.transports.clone(), Arc::clone(&self.receiving));
+        let disconnecting = async move {
+            join_all(
+                transports
+                    .iter()
+                    .map(|transport| transport.disconnect_instance(instance)),
+            )
+            .await;
+            receiving.disconnect_done(instance, through);
+        };
+        self.supervisor
+            .spawn("transfer-disconnect", self.tracker.track_future(disconnecting));
     }
 }

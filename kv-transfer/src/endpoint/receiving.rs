@@ -1,0 +1,456 @@
+//! The receiver's driver: performs the effects of the one receiving machine. It owns the machine, the reservations behind
+//! its epochs, the roles' handles and the control lines, all under one lock: events are taken one at a time, and their
+//! effects performed before the next.
+//!
+//! Nothing under the lock waits. What needs waiting (destroying connections) is left to the service's task.
+
+use super::blocks::{DestinationBlocks, QuarantinedBlocks, ReservedBlocks};
+use super::incoming::{ExpectSpec, Incoming, IncomingEvent};
+use super::stats::Counters;
+use crate::ExpectError;
+use crate::control::Line;
+use crate::session::{Effect, Event, Header, Limits, NotExpected, Receiver, ToReceiver};
+use baton_node_runtime::{Clock, Moment};
+use baton_types::{BlockHash, Epoch, Instance, KvGeometry, Ticket};
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+
+/// Events that a role may leave unread: a few per attempt.
+const EVENTS: usize = 64;
+
+/// What the driver is made of.
+pub(super) struct ReceivingParts {
+    pub limits: Limits,
+    pub arena_blocks: usize,
+    pub geometry: KvGeometry,
+    pub blocks: Arc<dyn DestinationBlocks>,
+    pub counters: Arc<Counters>,
+    pub clock: Clock,
+}
+
+pub(super) struct Receiving {
+    core: Mutex<Core>,
+    arena_blocks: usize,
+    geometry: KvGeometry,
+    blocks: Arc<dyn DestinationBlocks>,
+    counters: Arc<Counters>,
+    clock: Clock,
+    started: Moment,
+    room_changed: AtomicBool,
+    /// The service's task has something to do: an earlier deadline, room, connections to destroy.
+    wake: Notify,
+    /// A writer's connections are destroyed.
+    disconnected: Notify,
+}
+
+struct Role {
+    hashes: Vec<BlockHash>,
+    blocks: usize,
+    events: mpsc::Sender<IncomingEvent>,
+}
+
+pub(super) struct Core {
+    pub(super) machine: Receiver,
+    roles: HashMap<Ticket, Role>,
+    reserved: HashMap<Epoch, Box<dyn ReservedBlocks>>,
+    quarantined: HashMap<Epoch, Box<dyn QuarantinedBlocks>>,
+    lines: HashMap<Instance, (u64, Line)>,
+    next_line: u64,
+    /// Writers whose connections are to be destroyed, and through which epoch.
+    condemned: Vec<(Instance, Epoch)>,
+    /// Those and the ones in progress, counted.
+    disconnecting: BTreeMap<Instance, usize>,
+    /// When the service's task will look by itself.
+    armed: Duration,
+    closed: bool,
+    /// Others' objects to be dropped once the lock is open.
+    garbage: Vec<Box<dyn Any + Send>>,
+}
+
+impl Receiving {
+    pub(super) fn new(parts: ReceivingParts) -> Self {
+        let ReceivingParts {
+            limits,
+            arena_blocks,
+            geometry,
+            blocks,
+            counters,
+            clock,
+        } = parts;
+        let core = Core {
+            machine: Receiver::new(limits),
+            roles: HashMap::new(),
+            reserved: HashMap::new(),
+            quarantined: HashMap::new(),
+            lines: HashMap::new(),
+            next_line: 0,
+            condemned: Vec::new(),
+            disconnecting: BTreeMap::new(),
+            armed: Duration::MAX,
+            closed: false,
+            garbage: Vec::new(),
+        };
+        Self {
+            core: Mutex::new(core),
+            arena_blocks,
+            geometry,
+            blocks,
+            counters,
+            clock,
+            started: clock.now(),
+            room_changed: AtomicBool::new(false),
+            wake: Notify::new(),
+            disconnected: Notify::new(),
+        }
+    }
+
+    pub(super) fn geometry(&self) -> &KvGeometry {
+        &self.geometry
+    }
+
+    /// Brings something to the machine and performs what follows from it.
+    pub(super) fn with<T>(&self, bring: impl FnOnce(&mut Receiver, Duration) -> T) -> T {
+        let now = self.clock.now().saturating_since(self.started);
+        let mut core = self.lock();
+        let result = bring(&mut core.machine, now);
+        self.perform_all(&mut core, now);
+        let garbage = std::mem::take(&mut core.garbage);
+        drop(core);
+        drop(garbage);
+        result
+    }
+
+    pub(super) fn event(&self, event: Event) {
+        self.with(|machine, now| machine.handle(now, event));
+    }
+
+    /// Blocks became free. Callable from anywhere, even from within the block pool's own calls.
+    pub(super) fn room_changed(&self) {
+        self.room_changed.store(true, Ordering::Release);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn expect(self: &Arc<Self>, spec: ExpectSpec) -> Result<Incoming, ExpectError> {
+        let context_blocks = self.geometry.blocks_for(spec.context_tokens);
+        let blocks = spec.blocks.max(context_blocks);
+        let limit = self.arena_blocks;
+        let count = u32::try_from(blocks).ok().filter(|_| blocks <= limit);
+        let count = count.ok_or(ExpectError::TooLarge { blocks, limit })?;
+        if spec.deadline.is_zero() {
+            return Err(ExpectError::Deadline);
+        }
+        let now = self.clock.now().saturating_since(self.started);
+        let ExpectSpec {
+            ticket,
+            attempt,
+            mut hashes,
+            context_tokens,
+            deadline,
+            ..
+        } = spec;
+        hashes.truncate(context_blocks);
+        let mut core = self.lock();
+        if core.closed {
+            return Err(ExpectError::ShuttingDown);
+        }
+        core.machine.may_expect(ticket).map_err(|reason| match reason {
+            NotExpected::Duplicate(attempt) => ExpectError::Duplicate { attempt },
+            NotExpected::TooMany(limit) => ExpectError::TooMany { limit },
+        })?;
+        let (sender, events) = mpsc::channel(EVENTS);
+        core.roles.insert(
+            ticket,
+            Role {
+                hashes,
+                blocks,
+                events: sender,
+            },
+        );
+        let deadline = now.saturating_add(deadline);
+        let context_tokens = context_tokens as u64;
+        core.machine.handle(
+            now,
+            Event::Expect {
+                ticket,
+                attempt,
+                blocks: count,
+                context_tokens,
+                deadline,
+            },
+        );
+        self.perform_all(&mut core, now);
+        Ok(Incoming::new(ticket, events, Arc::clone(self)))
+    }
+
+    /// The role's handle is gone.
+    pub(super) fn forget(&self, ticket: Ticket) {
+        let role = self.lock().roles.remove(&ticket);
+        drop(role);
+        self.event(Event::Forget { ticket });
+    }
+
+    /// A sender's control connection is there. Gives its number.
+    pub(super) fn line_opened(&self, instance: Instance, line: Line) -> Option<u64> {
+        self.line_replaced(instance);
+        let mut core = self.lock();
+        if core.closed {
+            return None;
+        }
+        core.next_line += 1;
+        let number = core.next_line;
+        core.lines.insert(instance, (number, line));
+        Some(number)
+    }
+
+    /// Whatever that process had here before is over, and its connections are destroyed when this resolves.
+    pub(super) async fn clear_way_for(&self, instance: Instance) {
+        self.line_replaced(instance);
+        loop {
+            let changed = self.disconnected.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if !self.lock().disconnecting.contains_key(&instance) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn line_replaced(&self, instance: Instance) {
+        let old = self.lock().lines.get(&instance).map(|(number, _)| *number);
+        if let Some(number) = old {
+            self.line_lost(instance, number);
+        }
+    }
+
+    pub(super) fn line_lost(&self, instance: Instance, number: u64) {
+        let mut core = self.lock();
+        if core.lines.get(&instance).is_some_and(|(current, _)| *current == number) {
+            if let Some((_, line)) = core.lines.remove(&instance) {
+                line.close();
+            }
+            drop(core);
+            self.event(Event::PeerLost { instance });
+        }
+    }
+
+    /// A sender speaks on its line of that number.
+    pub(super) fn hear(&self, from: Instance, number: u64, header: Header, message: ToReceiver) {
+        // Late words of a line that was replaced are not to be taken for the new one's.
+        let current = self
+            .lock()
+            .lines
+            .get(&from)
+            .is_some_and(|(current, _)| *current == number);
+        if current {
+            self.event(Event::Message { from, header, message });
+        }
+    }
+
+    /// For the service's task: does what is due, and gives the writers to be disconnected and when to come again.
+    pub(super) fn due(&self) -> (Vec<(Instance, Epoch)>, Moment) {
+        let room_changed = self.room_changed.swap(false, Ordering::AcqRel);
+        self.with(|machine, now| {
+            if room_changed {
+                machine.handle(now, Event::RoomChanged);
+            }
+            if machine.next_tick() <= now {
+                machine.handle(now, Event::Tick);
+            }
+        });
+        let mut core = self.lock();
+        core.armed = core.machine.next_tick();
+        (std::mem::take(&mut core.condemned), self.started + core.armed)
+    }
+
+    pub(super) async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// The writer's connections were destroyed.
+    pub(super) fn disconnect_done(&self, instance: Instance, through: Epoch) {
+        self.event(Event::Disconnected { instance, through });
+        let mut core = self.lock();
+        if let Some(count) = core.disconnecting.get_mut(&instance) {
+            *count -= 1;
+            if *count == 0 {
+                core.disconnecting.remove(&instance);
+            }
+        }
+        drop(core);
+        self.disconnected.notify_waiters();
+    }
+
+    /// Every attempt ends, no line is left, and none comes.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.event(Event::Shutdown);
+        let lines: Vec<(Instance, u64)> = self
+            .lock()
+            .lines
+            .iter()
+            .map(|(peer, (number, _))| (*peer, *number))
+            .collect();
+        for (instance, number) in lines {
+            self.line_lost(instance, number);
+        }
+    }
+
+    /// Every transport was shut down: nothing can be written here any more.
+    pub(super) fn nothing_writes(&self) {
+        self.with(|machine, now| {
+            for instance in machine.writers() {
+                machine.handle(
+                    now,
+                    Event::Disconnected {
+                        instance,
+                        through: Epoch(u64::MAX),
+                    },
+                );
+            }
+        });
+        self.lock().disconnecting.clear();
+        self.disconnected.notify_waiters();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        // A panic under this lock ends the process through its supervisor; until then the books are still the best there are.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn perform_all(&self, core: &mut Core, now: Duration) {
+        let mut changed = false;
+        loop {
+            let effects = core.machine.take_effects();
+            if effects.is_empty() {
+                break;
+            }
+            changed = true;
+            for effect in effects {
+                self.perform(core, now, effect);
+            }
+        }
+        if changed {
+            self.counters.received_state(&core.machine);
+        }
+        if core.machine.next_tick() < core.armed {
+            core.armed = core.machine.next_tick();
+            self.wake.notify_one();
+        }
+    }
+
+    fn perform(&self, core: &mut Core, now: Duration, effect: Effect) {
+        match effect {
+            Effect::Allocate { epoch, ticket } => self.allocate(core, now, epoch, ticket),
+            Effect::Discard { epoch } => {
+                if let Some(reserved) = core.reserved.remove(&epoch) {
+                    reserved.release();
+                }
+            }
+            Effect::Send { to, header, message } => {
+                if let Some((_, line)) = core.lines.get(&to) {
+                    line.tell_sender(&header, &message);
+                }
+            }
+            Effect::Granted {
+                ticket,
+                epoch,
+                held,
+                fresh,
+            } => {
+                tracing::debug!(%ticket, epoch = epoch.0, held, fresh, "granted");
+                let (held, fresh) = (held as usize, fresh as usize);
+                tell(core, ticket, IncomingEvent::Granted { epoch, held, fresh });
+            }
+            Effect::FirstBlock { ticket } => tell(core, ticket, IncomingEvent::FirstBlock),
+            Effect::Commit {
+                ticket,
+                attempt,
+                epoch,
+                held,
+                payload,
+                bytes,
+                path,
+            } => {
+                let Some(reserved) = core.reserved.remove(&epoch) else {
+                    return;
+                };
+                tracing::debug!(%ticket, epoch = epoch.0, bytes, %path, "committed");
+                self.counters.received(path, bytes);
+                let held_blocks = held as usize;
+                let blocks = reserved.commit();
+                let event = IncomingEvent::Committed {
+                    attempt,
+                    blocks,
+                    held_blocks,
+                    payload,
+                    bytes,
+                    path,
+                };
+                tell(core, ticket, event);
+                core.roles.remove(&ticket);
+            }
+            Effect::Failed {
+                ticket,
+                attempt,
+                path,
+                error,
+            } => {
+                tracing::debug!(%ticket, attempt = attempt.0, %error, "attempt failed");
+                self.counters.failed(path, "in");
+                tell(core, ticket, IncomingEvent::AttemptFailed { attempt, error });
+            }
+            Effect::Quarantine { epoch } => {
+                if let Some(reserved) = core.reserved.remove(&epoch) {
+                    core.quarantined.insert(epoch, reserved.quarantine());
+                }
+            }
+            Effect::Release { epoch } => {
+                if let Some(quarantined) = core.quarantined.remove(&epoch) {
+                    quarantined.release();
+                }
+            }
+            Effect::Disconnect { instance, through } => {
+                if let Some((_, line)) = core.lines.remove(&instance) {
+                    line.close();
+                }
+                core.condemned.push((instance, through));
+                *core.disconnecting.entry(instance).or_default() += 1;
+                self.wake.notify_one();
+            }
+        }
+    }
+
+    fn allocate(&self, core: &mut Core, now: Duration, epoch: Epoch, ticket: Ticket) {
+        let reserved = match core.roles.get(&ticket) {
+            Some(role) => self.blocks.reserve(&role.hashes, role.blocks).ok(),
+            None => None,
+        };
+        let event = match reserved {
+            None => Event::NoRoom { epoch },
+            Some(reserved) => {
+                let held = u32::try_from(reserved.held().len()).unwrap_or(u32::MAX);
+                let fresh = reserved.fresh().to_vec();
+                core.reserved.insert(epoch, reserved);
+                Event::Allocated { epoch, held, fresh }
+            }
+        };
+        core.machine.handle(now, event);
+    }
+}
+
+/// Tells the role. One that reads nothing, or is gone, loses what it was told; its blocks go back.
+fn tell(core: &mut Core, ticket: Ticket, event: IncomingEvent) {
+    let lost = match core.roles.get(&ticket).map(|role| &role.events) {
+        None => event,
+        Some(events) => match events.try_send(event) {
+            Ok(()) => return,
+            Err(mpsc::error::TrySendError::Full(event) | mpsc::error::TrySendError::Closed(event)) => event,
+        },
+    };
+    core.garbage.push(Box::new(lost));
+}
