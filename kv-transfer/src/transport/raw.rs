@@ -268,3 +268,12 @@ fn message(parts: &[libc::iovec]) -> libc::msghdr {
     message.msg_iovlen = parts.len().min(PARTS_MAX) as _;
     message
 }
+
+/// A whole block as it stands now.
+#[cfg(test)]
+pub(super) fn peek(arena: &ArenaView, block: baton_types::BlockId) -> Vec<u8> {
+    let mut bytes = vec![0; arena.geometry().block_bytes()];
+    // SAFETY: tests look only while no transport writes that block.
+    unsafe { arena.read(block, 0, &mut bytes) }.expect("tests name blocks of the arena");
+    bytes
+}
