@@ -33,17 +33,17 @@ impl Clock {
     }
 
     /// Now.
-    pub fn now(&self) -> Moment {
+    pub fn now(self) -> Moment {
         Moment(tokio::time::Instant::now())
     }
 
     /// Waits for so long.
-    pub async fn sleep(&self, duration: Duration) {
+    pub async fn sleep(self, duration: Duration) {
         tokio::time::sleep(duration).await;
     }
 
     /// Waits until then; returns at once where it has passed.
-    pub async fn sleep_until(&self, moment: Moment) {
+    pub async fn sleep_until(self, moment: Moment) {
         tokio::time::sleep_until(moment.0).await;
     }
 
@@ -51,7 +51,7 @@ impl Clock {
     ///
     /// # Errors
     /// [`Elapsed`] where it did not end in time.
-    pub async fn timeout<F: Future>(&self, duration: Duration, future: F) -> Result<F::Output, Elapsed> {
+    pub async fn timeout<F: Future>(self, duration: Duration, future: F) -> Result<F::Output, Elapsed> {
         tokio::time::timeout(duration, future).await.map_err(|_| Elapsed)
     }
 
@@ -59,17 +59,17 @@ impl Clock {
     ///
     /// # Errors
     /// [`Elapsed`] where it did not end in time.
-    pub async fn timeout_at<F: Future>(&self, moment: Moment, future: F) -> Result<F::Output, Elapsed> {
+    pub async fn timeout_at<F: Future>(self, moment: Moment, future: F) -> Result<F::Output, Elapsed> {
         tokio::time::timeout_at(moment.0, future).await.map_err(|_| Elapsed)
     }
 
     /// Since that moment; zero where it lies ahead.
-    pub fn elapsed(&self, since: Moment) -> Duration {
+    pub fn elapsed(self, since: Moment) -> Duration {
         self.now().saturating_since(since)
     }
 
     /// Seconds since 1970 on the wall clock, for people only: it may jump, nothing is decided by it.
-    pub fn unix_seconds(&self) -> u64 {
+    pub fn unix_seconds(self) -> u64 {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
     }
 }
