@@ -154,13 +154,9 @@ impl Supervisor {
     }
 
     fn panicked(&self, name: &'static str, panic: Box<dyn Any + Send>) {
-        let message = panic
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no message".to_owned());
+        let message = panic_message(&*panic);
         metrics::counter!("baton_runtime_task_panics_total").increment(1);
-        tracing::error!(task = name, error = %message, "task panicked");
+        tracing::error!(task = name, error = message, "task panicked");
         self.fail(format!("task {name} panicked: {message}"));
     }
 }
@@ -199,6 +195,13 @@ impl Drop for Entry {
         self.shared.tasks().remove(&self.id);
         self.shared.ended.notify_waiters();
     }
+}
+
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
 }
 
 /// No code that can panic runs under these locks, so what they guard is whole even where the lock says otherwise.

@@ -1,6 +1,7 @@
 //! Logs and metrics. Logs go to standard error; metrics to one Prometheus recorder that the admin port shows. Both are
 //! process-wide by nature and are installed once, by `main`.
 
+use crate::supervisor::panic_message;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
@@ -123,8 +124,7 @@ pub fn init(options: &TelemetryOptions) -> Result<Metrics, TelemetryError> {
     );
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = info.payload_as_str().unwrap_or("no message");
-        tracing::error!(place, error = message, "panic");
+        tracing::error!(place, error = panic_message(info.payload()), "panic");
     }));
     Ok(metrics)
 }
