@@ -74,6 +74,11 @@ impl HttpError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
     }
 
+    pub(super) fn too_slow(limit: Duration) -> Self {
+        let message = format!("the body did not arrive within {} s", limit.as_secs_f32());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+    }
+
     pub(super) fn no_such_model(model: &str) -> Self {
         ApiError::new(ApiCode::NotFound, format!("the model `{model}` is not served here")).into()
     }
@@ -112,10 +117,11 @@ impl From<ApiError> for HttpError {
                 Some("internal_error"),
             ),
         };
-        let named = if error.code == ApiCode::NotFound {
-            Some("model".to_owned())
-        } else {
-            None
+        let param = match error.field.as_deref() {
+            // A prompt of token ids has a field of its own in gRPC, not here.
+            Some("prompt_tokens") => Some("prompt".to_owned()),
+            Some(field) => Some(field.to_owned()),
+            None => (error.code == ApiCode::NotFound).then(|| "model".to_owned()),
         };
         let retry_after = error
             .retry_after
@@ -125,7 +131,7 @@ impl From<ApiError> for HttpError {
             kind,
             code,
             message: error.message,
-            param: error.field.map(|field| field.into_owned()).or(named),
+            param,
             retry_after,
         }
     }

@@ -27,6 +27,7 @@ impl Default for HttpOptions {
     fn default() -> Self {
         Self {
             body_bytes_max: 4 << 20,
+            body_timeout: Duration::from_secs(30),
         }
     }
 }

@@ -22,11 +22,12 @@ fn good() -> Script {
 }
 
 async fn send(fake: &Arc<Fake>, method: &str, path: &str, body: impl Into<Body>) -> Response {
+    let options = HttpOptions {
+        body_bytes_max: 10_000,
+        ..HttpOptions::default()
+    };
     let request = Request::builder().method(method).uri(path).body(body.into()).unwrap();
-    router(Arc::clone(fake) as _, HttpOptions { body_bytes_max: 10_000 })
-        .oneshot(request)
-        .await
-        .unwrap()
+    router(Arc::clone(fake) as _, options).oneshot(request).await.unwrap()
 }
 
 async fn text(response: Response) -> String {
@@ -308,6 +309,21 @@ async fn bodies_that_are_no_requests_are_refused() {
 }
 
 #[tokio::test]
+async fn a_body_that_does_not_come_is_not_waited_for() {
+    let options = HttpOptions {
+        body_timeout: Duration::ZERO,
+        ..HttpOptions::default()
+    };
+    let never = Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, std::io::Error>>());
+    let request = Request::builder().method("POST").uri(CHAT).body(never).unwrap();
+    let response = router(Arc::new(Fake::default()) as _, options)
+        .oneshot(request)
+        .await
+        .unwrap();
+    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+}
+
+#[tokio::test]
 async fn failures_before_the_first_token_are_statuses() {
     for (code, status, name) in [
         (ApiCode::InvalidArgument, 400, Value::Null),
@@ -355,6 +371,9 @@ async fn failures_before_the_first_token_are_statuses() {
     )
     .await;
     assert_eq!(json_of(response).await["error"]["param"], "max_tokens");
+    let unknown = ApiError::invalid("prompt_tokens", "no such token");
+    let (_, response) = ask(Script::Refuse(unknown), COMPLETION, json!({"prompt": [1]})).await;
+    assert_eq!(json_of(response).await["error"]["param"], "prompt");
     let (_, response) = ask(Script::Events(vec![]), CHAT, json!({})).await;
     assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
     let (_, response) = ask(
