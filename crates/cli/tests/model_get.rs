@@ -1,5 +1,7 @@
 //! `baton model get` against packages and hubs on this machine: what it fetches, and what it refuses to keep.
 
+#![allow(clippy::unwrap_used)] // a test that panics fails, which is what is wanted
+
 use axum::body::Body;
 use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use sha2::{Digest, Sha256};

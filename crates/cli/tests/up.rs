@@ -1,5 +1,7 @@
 //! `baton up` over real processes with the stub engine: it serves, it ends, and it leaves nothing behind, however it ends.
 
+#![allow(clippy::unwrap_used)] // a test that panics fails, which is what is wanted
+
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

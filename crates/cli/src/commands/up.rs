@@ -6,6 +6,7 @@ use crate::endpoint::Note;
 use anyhow::Result;
 use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent};
 use serde_json::json;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -98,35 +99,57 @@ impl Up {
     }
 
     fn tell(&self, cluster: &Cluster) {
-        let ((http, grpc), model) = (cluster.doors(), cluster.model());
-        if self.json {
-            let line = json!({
-                "event": "ready", "http": http, "grpc": grpc, "model": model.id, "stub": model.stub, "pids": cluster.pids(),
-            });
-            println!("{line}");
-            return;
-        }
-        let stub = if model.stub {
-            " (a stub: scripted tokens, no model)"
+        let text = if self.json {
+            ready_line(cluster)
         } else {
-            ""
+            ready_text(cluster)
         };
-        println!(
-            "\nServing {}{stub}, contexts of up to {} tokens\n",
-            model.id, model.context_tokens
-        );
-        println!("  OpenAI HTTP   http://{http}/v1");
-        println!("  gRPC          {grpc}");
-        for (name, announcement) in cluster.announcements() {
-            let admin = announcement.admin.as_deref().unwrap_or("none");
-            println!("  {name:<13} pid {}, metrics http://{admin}/metrics", announcement.pid);
-        }
-        let body = json!({
-            "model": model.id, "max_tokens": 64, "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        });
-        println!(
-            "\nTry\n\n  curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'"
-        );
-        println!("  baton chat\n  baton status\n\nCtrl-C stops it.\n");
+        // Nobody may be listening, which is no reason to stop.
+        let _ = writeln!(std::io::stdout(), "{text}");
     }
+}
+
+fn ready_line(cluster: &Cluster) -> String {
+    let ((http, grpc), model) = (cluster.doors(), cluster.model());
+    json!({
+        "event": "ready", "http": http, "grpc": grpc, "model": model.id, "stub": model.stub, "pids": cluster.pids(),
+    })
+    .to_string()
+}
+
+fn ready_text(cluster: &Cluster) -> String {
+    let ((http, grpc), model) = (cluster.doors(), cluster.model());
+    let stub = if model.stub {
+        " (a stub: scripted tokens, no model)"
+    } else {
+        ""
+    };
+    let processes = cluster.announcements().iter().map(|(name, announcement)| {
+        let admin = announcement.admin.as_deref().unwrap_or("none");
+        format!(
+            "  {name:<13} pid {}, metrics http://{admin}/metrics\n",
+            announcement.pid
+        )
+    });
+    let body = json!({
+        "model": model.id, "max_tokens": 64, "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+    });
+    format!(
+        "\nServing {}{stub}, contexts of up to {} tokens\n
+  OpenAI HTTP   http://{http}/v1
+  gRPC          {grpc}
+{}
+Try
+
+  curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{body}'
+  baton chat
+  baton status
+
+Ctrl-C stops it.
+",
+        model.id,
+        model.context_tokens,
+        processes.collect::<String>()
+    )
 }

@@ -48,7 +48,7 @@ impl FromStr for ModelSource {
                     .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/'))
         };
         match parts.as_slice() {
-            [owner, name, rest @ ..] if parts.iter().all(|part| is_name(&part)) && !text.contains("..") => {
+            [owner, name, rest @ ..] if parts.iter().all(is_name) && !text.contains("..") => {
                 if rest.is_empty() && name.ends_with(".gguf") {
                     return Err(format!("there is no file `{text}`"));
                 }
