@@ -1,5 +1,8 @@
 //! What every transport does alike. Each case runs over each of them.
 
+// Clippy spares tests only where they stand in `#[test]` functions, which these cases share.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use baton_kv_transfer::transport::{ConnectError, Extent, PathError, Reject, SourceClaim};
