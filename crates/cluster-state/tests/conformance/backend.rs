@@ -45,6 +45,7 @@ pub struct Backend {
     peer_port: u16,
     data: TempDir,
     running: Running,
+    tls_flags: Vec<String>,
 }
 
 impl Backend {
@@ -56,6 +57,22 @@ impl Backend {
         Self::start_fresh(true).await
     }
 
+    /// An etcd behind TLS, by these flags; not waited for.
+    pub async fn etcd_with_tls(flags: Vec<String>) -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let (port, peer_port) = (free_port().await, free_port().await);
+        let mut backend = Self {
+            is_etcd: true,
+            port,
+            peer_port,
+            data,
+            running: Running::Stopped,
+            tls_flags: flags,
+        };
+        backend.start_without_probe().await;
+        backend
+    }
+
     async fn start_fresh(is_etcd: bool) -> Self {
         let data = tempfile::tempdir().unwrap();
         let (port, peer_port) = (free_port().await, free_port().await);
@@ -65,6 +82,7 @@ impl Backend {
             peer_port,
             data,
             running: Running::Stopped,
+            tls_flags: Vec::new(),
         };
         backend.start().await;
         backend
@@ -158,7 +176,8 @@ impl Backend {
     }
 
     fn spawn_etcd(&self) -> Child {
-        let client = format!("http://127.0.0.1:{}", self.port);
+        let scheme = if self.tls_flags.is_empty() { "http" } else { "https" };
+        let client = format!("{scheme}://127.0.0.1:{}", self.port);
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
         // A short election timeout lets it grant leases of 1 s.
         Command::new("etcd")
@@ -168,6 +187,7 @@ impl Backend {
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
             .args(["--heartbeat-interval", "10", "--election-timeout", "100"])
+            .args(&self.tls_flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

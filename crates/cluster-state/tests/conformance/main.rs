@@ -9,4 +9,5 @@ mod nodes;
 mod outage;
 mod proxy;
 mod support;
+mod tls;
 mod watch;

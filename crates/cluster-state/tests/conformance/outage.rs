@@ -51,7 +51,7 @@ async fn a_restart_loses_no_member(mut backend: Backend) {
     })
     .await;
     // Long enough for a doubted member, or one whose lease did not survive, to go.
-    view.drain_for(Duration::from_millis(3_500)).await;
+    view.drain_for(Duration::from_millis(2_500)).await;
     assert_eq!((view.names(), view.gone()), (vec!["a", "b"], 0));
     assert_eq!(view.snapshots(), if backend.keeps_data() { 1 } else { 2 });
 }
