@@ -15,6 +15,10 @@ pub(crate) const MARK: char = '\u{FDD0}';
 
 const NAME: &str = "chat";
 
+/// Instructions that one rendering may take: some 100,000 messages of an ordinary template. A model's template comes
+/// from whoever made the model, and must not be able to keep the coordinator busy for ever.
+const FUEL: u64 = 5_000_000;
+
 /// One turn of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
@@ -72,6 +76,7 @@ impl ChatTemplate {
     /// Where the source is no template.
     pub fn new(template: &str, bos: &str, eos: &str) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -198,6 +203,20 @@ mod tests {
         );
         let error = ChatTemplate::new("{% for %}", "", "").unwrap_err();
         assert!(matches!(error, TemplateError::Broken { .. }));
+    }
+
+    #[test]
+    fn an_endless_template_ends() {
+        let source = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        assert!(matches!(template.render(&[], true), Err(TemplateError::Refused { .. })));
+        let ordinary =
+            ChatTemplate::new("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "", "").unwrap();
+        assert!(
+            ordinary
+                .render(&vec![chat(&[("user", "a")]).remove(0); 10_000], true)
+                .is_ok()
+        );
     }
 
     #[test]

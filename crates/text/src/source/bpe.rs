@@ -179,3 +179,78 @@ pub(crate) fn stub_text(name: &str, context_tokens: u32) -> TextCard {
         eos_text: "<|im_end|>".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tokenizer;
+
+    /// With a vocabulary in which each word that the pre-tokenizer may cut is one token, the tokens are the words.
+    fn words(pre: PreTokenizer, text: &str, merged: &[&str]) -> Vec<String> {
+        let alphabet: Vec<(u8, char)> = byte_alphabet().collect();
+        let spell = |text: &str| {
+            text.bytes()
+                .map(|byte| alphabet[byte as usize].1.to_string())
+                .collect::<Vec<_>>()
+        };
+        let mut tokens: Vec<String> = alphabet.iter().map(|(_, character)| character.to_string()).collect();
+        let mut pairs = Vec::new();
+        for word in merged {
+            let spelled = spell(word);
+            for length in 2..=spelled.len() {
+                let (left, right) = (spelled[..length - 1].concat(), spelled[length - 1].clone());
+                if !tokens.contains(&(left.clone() + &right)) {
+                    tokens.push(left.clone() + &right);
+                    pairs.push((left, right));
+                }
+            }
+        }
+        let kinds = vec![TokenKind::Normal; tokens.len()];
+        let merges = pairs
+            .iter()
+            .map(|(left, right)| (left.as_str(), right.as_str()))
+            .collect();
+        let json = tokenizer_json(
+            &Vocabulary {
+                tokens: &tokens,
+                kinds: &kinds,
+                merges,
+            },
+            pre,
+        );
+        let tokenizer = Tokenizer::from_json(&json, None).unwrap();
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokenizer.decode(&ids), text);
+        ids.iter().map(|id| tokenizer.decode(&[*id])).collect()
+    }
+
+    #[test]
+    fn each_pre_tokenizer_cuts_as_its_model_does() {
+        let merged = ["1234", "DON", "'T", "hi", "!\n", "  "];
+        let cut = |pre| words(pre, "DON'T1234hi!\n  x", &merged);
+        assert_eq!(
+            cut(PreTokenizer::Gpt2),
+            ["DON", "'", "T", "1234", "hi", "!", "\n", " ", " ", "x"]
+        );
+        assert_eq!(
+            cut(PreTokenizer::SmolLm),
+            ["DON", "'", "T", "1", "2", "3", "4", "hi", "!", "\n", " ", " ", "x"]
+        );
+        assert_eq!(
+            cut(PreTokenizer::Llama3),
+            ["DON", "'T", "123", "4", "hi", "!\n", " ", " ", "x"]
+        );
+        assert_eq!(
+            cut(PreTokenizer::Qwen2),
+            ["DON", "'T", "1", "2", "3", "4", "hi", "!\n", " ", " ", "x"]
+        );
+    }
+
+    #[test]
+    fn names_are_llama_cpps() {
+        assert_eq!(PreTokenizer::named("smollm"), Some(PreTokenizer::SmolLm));
+        assert_eq!(PreTokenizer::named("llama-bpe"), Some(PreTokenizer::Llama3));
+        assert_eq!(PreTokenizer::named("deepseek-llm"), None);
+        assert!(SUPPORTED.contains("qwen2") && PreTokenizer::Llama3.adds_bos() && !PreTokenizer::SmolLm.adds_bos());
+    }
+}
