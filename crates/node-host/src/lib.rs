@@ -1,1 +1,28 @@
-//! See ARCHITECTURE.md.
+//! What a node is before it has a role: options, bring-up, model card, engine thread, the gRPC service that dispatches to a
+//! [`Role`], drain. The role crates add what they do with requests. See ARCHITECTURE.md.
+
+#![warn(missing_docs)]
+
+mod blocks;
+pub mod engine;
+mod error;
+mod errors;
+mod host;
+mod model;
+mod options;
+mod process;
+mod request;
+mod run;
+mod self_test;
+mod service;
+pub mod work;
+
+pub use blocks::PoolBlocks;
+pub use error::BringUpError;
+pub use errors::LastErrors;
+pub use host::{Host, ModelFacts, NodeIdentity, NodeLimits, NodeParts, RequestGuard};
+pub use options::{KvDtypeFlag, NodeOptions};
+pub use process::run_to_exit;
+pub use request::{CancelOnDrop, FirstTokenPayload, Outcome};
+pub use run::{BUILD, run};
+pub use service::{EventStream, NodeService, Role, load};

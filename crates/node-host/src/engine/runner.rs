@@ -1,0 +1,280 @@
+//! The loop of the engine thread: take what came, let waiters in, choose a step, compute it, tell.
+
+use super::ending::Ending;
+use super::gauges::Gauges;
+use super::inbox::{EngineHandle, Inbox};
+use super::observer::Watch;
+use super::sequence::SequenceError;
+use super::slots::Slot;
+use baton_engine::{Backend, BlockPool, Slice, StepError, StepOutput, WantedLogits};
+use baton_node_runtime::{Clock, Supervisor, TaskHandle};
+use baton_scheduling::step::{self, Candidate, Part, StepLimits, Waiter};
+use baton_types::{ArenaView, KvGeometry};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a waiter looks for room that came free elsewhere (a hand-over's claims, a quarantine).
+const ROOM_PATIENCE: Duration = Duration::from_millis(5);
+
+/// What an engine thread is made of.
+pub struct EngineParts {
+    /// The model.
+    pub backend: Box<dyn Backend>,
+    /// Where its KV is.
+    pub arena: ArenaView,
+    /// Who owns which block of it.
+    pub pool: Arc<BlockPool>,
+    /// Sequences that may wait for blocks.
+    pub queue_capacity: usize,
+    /// Sequences that may have blocks at once.
+    pub running_max: usize,
+    /// Prompt tokens of one step.
+    pub chunk_tokens: usize,
+    /// What ends a sequence.
+    pub ending: Ending,
+    /// Called after blocks were given back.
+    pub room_changed: Box<dyn Fn() + Send>,
+}
+
+/// Starts the thread.
+pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -> (EngineHandle, TaskHandle) {
+    let inbox = Inbox::new(parts.queue_capacity);
+    let gauges = Arc::new(Gauges::default());
+    let handle = EngineHandle {
+        inbox: inbox.clone(),
+        gauges: gauges.clone(),
+    };
+    let geometry = *parts.arena.geometry();
+    let limits = StepLimits {
+        block_tokens: geometry.block_tokens as usize,
+        chunk_tokens: parts.chunk_tokens,
+    };
+    let runner = Runner {
+        parts,
+        geometry,
+        limits,
+        clock,
+        inbox,
+        gauges,
+        waiting: Vec::new(),
+        running: Vec::new(),
+        arrivals: 0,
+    };
+    let task = supervisor.spawn_blocking("engine", move || runner.run());
+    (handle, task)
+}
+
+struct Runner {
+    parts: EngineParts,
+    geometry: KvGeometry,
+    limits: StepLimits,
+    clock: Clock,
+    inbox: Arc<Inbox>,
+    gauges: Arc<Gauges>,
+    /// Without blocks.
+    waiting: Vec<Slot>,
+    /// With blocks.
+    running: Vec<Slot>,
+    arrivals: u64,
+}
+
+impl Runner {
+    fn run(mut self) {
+        // Whether the last round computed anything; if not, there is nothing to do before something changes.
+        let mut idle = true;
+        loop {
+            let patience = (!self.waiting.is_empty()).then_some(ROOM_PATIENCE);
+            let arrivals = self.inbox.look(idle, patience);
+            let closed = arrivals.closed;
+            for spec in arrivals.sequences {
+                self.arrivals += 1;
+                let slot = Slot::new(spec, self.arrivals, self.clock.now(), &self.geometry);
+                if slot.table.is_some() {
+                    self.running.push(slot)
+                } else {
+                    self.waiting.push(slot)
+                }
+            }
+            if closed {
+                return self.close();
+            }
+            self.drop_unwanted();
+            self.let_in();
+            idle = !self.compute();
+            self.drop_unwanted();
+            self.show_load();
+        }
+    }
+
+    fn close(&mut self) {
+        for slot in self.waiting.iter_mut().chain(&mut self.running) {
+            slot.fail(SequenceError::ShuttingDown);
+        }
+        self.waiting.clear();
+        self.running.clear();
+        self.show_load();
+        (self.parts.room_changed)();
+    }
+
+    fn drop_unwanted(&mut self) {
+        let inbox = &self.inbox;
+        self.waiting.retain(|slot| {
+            let keep = !slot.is_unwanted();
+            if !keep && slot.holds_a_place {
+                inbox.left_the_queue();
+            }
+            keep
+        });
+        let before = self.running.len();
+        self.running.retain(|slot| !slot.is_unwanted());
+        if self.running.len() < before {
+            (self.parts.room_changed)();
+        }
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        let now = self.clock.now();
+        self.running.iter().map(|slot| slot.candidate(now)).collect()
+    }
+
+    /// Gives blocks to waiters, as far as there is room.
+    fn let_in(&mut self) {
+        loop {
+            let now = self.clock.now();
+            let waiters: Vec<Waiter> = self.waiting.iter().map(|slot| slot.waiter(now)).collect();
+            let Some(next) = step::next_in(&waiters) else { return };
+            let full = self.running.len() >= self.parts.running_max;
+            if !full && self.waiting[next].begin(&self.parts.pool, now, &self.geometry).is_ok() {
+                let mut slot = self.waiting.swap_remove(next);
+                if std::mem::take(&mut slot.holds_a_place) {
+                    self.inbox.left_the_queue();
+                }
+                self.running.push(slot);
+                continue;
+            }
+            // What was computed ahead of its reservation is the first to go.
+            match step::gives_way_to(&self.candidates(), waiters[next].time_left) {
+                Some(index) => self.preempt(index),
+                None => return,
+            }
+        }
+    }
+
+    fn preempt(&mut self, index: usize) {
+        let mut slot = self.running.swap_remove(index);
+        slot.give_way();
+        metrics::counter!("baton_node_preemptions_total").increment(1);
+        self.waiting.push(slot);
+        (self.parts.room_changed)();
+    }
+
+    /// Chooses and computes one step; false where there was nothing to compute.
+    fn compute(&mut self) -> bool {
+        let mut parts = step::step(&self.candidates(), &self.limits);
+        // Those whose next token needs a block that cannot be had make the newest ones give way.
+        while let Some(lacking) = parts.iter().position(|part| !self.has_room(part)) {
+            let newest = step::gives_way(&self.candidates()).unwrap_or(parts[lacking].index);
+            self.preempt(newest);
+            parts = step::step(&self.candidates(), &self.limits);
+        }
+        if parts.is_empty() {
+            return false;
+        }
+        let began = self.clock.now();
+        match self.step(&parts) {
+            Ok(output) => {
+                let (mut prompt, mut decoded) = (0, 0);
+                for part in &parts {
+                    if self.running[part.index].decoding {
+                        decoded += part.tokens
+                    } else {
+                        prompt += part.tokens
+                    }
+                }
+                self.gauges.step_took(prompt, decoded, self.clock.elapsed(began));
+                self.finish(&parts, &output);
+            }
+            Err(StepError::Aborted { .. }) => {
+                metrics::counter!("baton_node_steps_aborted_total").increment(1);
+            }
+            Err(error) => self.blame(&parts, &error),
+        }
+        true
+    }
+
+    fn has_room(&mut self, part: &Part) -> bool {
+        let slot = &mut self.running[part.index];
+        let end = slot.computed + part.tokens;
+        slot.make_room(end, &self.geometry).is_ok()
+    }
+
+    fn step(&mut self, parts: &[Part]) -> Result<StepOutput, StepError> {
+        let mut watch = Watch {
+            parts: Vec::with_capacity(parts.len()),
+        };
+        let mut batch = Vec::with_capacity(parts.len());
+        for part in parts {
+            let slot = &self.running[part.index];
+            let end = slot.computed + part.tokens;
+            watch.parts.push((slot.control().clone(), part.tokens));
+            batch.push(Slice {
+                tokens: &slot.tokens[slot.computed..end],
+                start: slot.computed,
+                blocks: slot.table.as_ref().map_or(&[], |table| table.blocks()),
+                logits: if end == slot.tokens.len() {
+                    WantedLogits::Last
+                } else {
+                    WantedLogits::None
+                },
+            });
+        }
+        self.parts.backend.step(&self.parts.arena, &batch, &mut watch)
+    }
+
+    fn finish(&mut self, parts: &[Part], output: &StepOutput) {
+        let now = self.clock.now();
+        let mut row = 0;
+        for part in parts {
+            let slot = &mut self.running[part.index];
+            slot.advance(part.tokens, &self.geometry);
+            if slot.computed == slot.tokens.len() {
+                slot.draw(output.row(row), &self.parts.ending, &self.parts.arena, now);
+                row += 1;
+            }
+        }
+    }
+
+    /// Fails the sequence that the backend names; all of the step where it names none.
+    fn blame(&mut self, parts: &[Part], error: &StepError) {
+        let named = match error {
+            StepError::EmptySlice { slice }
+            | StepError::TokenOutOfRange { slice, .. }
+            | StepError::BeyondContext { slice, .. }
+            | StepError::TooFewBlocks { slice, .. }
+            | StepError::OutOfArena { slice, .. }
+            | StepError::BlockWrittenTwice { slice, .. } => parts.get(*slice),
+            StepError::Aborted { .. } | StepError::Geometry(_) => None,
+        };
+        let failed = named.map_or(parts, std::slice::from_ref);
+        for part in failed {
+            self.running[part.index].fail(SequenceError::Step(error.clone()));
+        }
+    }
+
+    fn show_load(&self) {
+        let held_back = self.running.iter().filter(|slot| slot.is_held_back()).count();
+        let uncomputed = |slot: &Slot| {
+            if slot.decoding {
+                0
+            } else {
+                slot.tokens.len() - slot.computed
+            }
+        };
+        let tokens: usize = self.waiting.iter().chain(&self.running).map(uncomputed).sum();
+        self.gauges.set_queue(
+            self.waiting.len() + held_back,
+            tokens as u64,
+            self.running.len() - held_back,
+        );
+    }
+}

@@ -1,0 +1,234 @@
+//! A sequence inside the engine thread: its tokens, its blocks, how far it is and who is told.
+
+use super::ending::Ending;
+use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
+use baton_engine::{BlockPool, BlockTable, NoRoom, sample};
+use baton_node_runtime::Moment;
+use baton_scheduling::step::{Candidate, Waiter};
+use baton_types::{ArenaView, KvGeometry};
+use std::sync::Arc;
+use tokio::sync::mpsc::error::TrySendError;
+
+pub(super) struct Slot {
+    spec: SequenceSpec,
+    /// The client's tokens, then the generated ones.
+    pub tokens: Vec<u32>,
+    prompt_len: usize,
+    /// Tokens whose KV is in the table.
+    pub computed: usize,
+    /// Its blocks; none while it waits.
+    pub table: Option<Arc<BlockTable>>,
+    arrival: u64,
+    arrived: Moment,
+    /// When its first chunk began, in this life.
+    began: Option<Moment>,
+    /// Tokens computed since.
+    prefilled: usize,
+    /// It drew its last token itself, or came with its KV.
+    pub decoding: bool,
+    /// It ran and gave way to one that needed its blocks to go on.
+    preempted: bool,
+    /// It never had blocks, so that it counts in the bounded queue.
+    pub holds_a_place: bool,
+    /// Leading blocks that were given their identity.
+    published: usize,
+    /// It is over: nobody listens, or everything was said.
+    pub over: bool,
+}
+
+impl Slot {
+    pub fn new(mut spec: SequenceSpec, arrival: u64, now: Moment, geometry: &KvGeometry) -> Self {
+        let mut tokens = std::mem::take(&mut spec.prompt);
+        let prompt_len = tokens.len();
+        tokens.append(&mut spec.generated);
+        let (table, computed) = match std::mem::replace(&mut spec.beginning, Beginning::Compute) {
+            Beginning::Compute => (None, 0),
+            Beginning::Resume(table) => (Some(Arc::new(table)), tokens.len().saturating_sub(1)),
+        };
+        let decoding = table.is_some();
+        let mut slot = Self {
+            spec,
+            tokens,
+            prompt_len,
+            computed,
+            table,
+            arrival,
+            arrived: now,
+            began: None,
+            prefilled: 0,
+            decoding,
+            preempted: false,
+            holds_a_place: !decoding,
+            published: 0,
+            over: false,
+        };
+        slot.publish(geometry);
+        slot
+    }
+
+    pub fn control(&self) -> &Arc<super::Control> {
+        &self.spec.control
+    }
+
+    /// Nobody wants it any more.
+    pub fn is_unwanted(&self) -> bool {
+        self.over || self.spec.control.is_cancelled() || self.spec.events.is_closed()
+    }
+
+    /// It has done its first chunk and waits for leave to go on.
+    pub fn is_held_back(&self) -> bool {
+        self.prefilled > 0 && !self.decoding && !self.spec.control.may_continue()
+    }
+
+    pub fn candidate(&self, now: Moment) -> Candidate {
+        Candidate {
+            computed: self.computed,
+            known: self.tokens.len(),
+            decoding: self.decoding,
+            held_back: self.is_held_back(),
+            time_left: self.spec.deadline.saturating_since(now),
+            arrival: self.arrival,
+        }
+    }
+
+    pub fn waiter(&self, now: Moment) -> Waiter {
+        let time_left = self.spec.deadline.saturating_since(now);
+        Waiter {
+            preempted: self.preempted,
+            time_left,
+            arrival: self.arrival,
+        }
+    }
+
+    /// Takes blocks for all known tokens, and tells.
+    pub fn begin(&mut self, pool: &Arc<BlockPool>, now: Moment, geometry: &KvGeometry) -> Result<(), NoRoom> {
+        let block_tokens = geometry.block_tokens as usize;
+        let known = self.tokens.len();
+        // At least one token is computed: its logits are what the next one is drawn from.
+        let max_held = known.saturating_sub(1) / block_tokens;
+        let table = Arc::new(pool.acquire(&self.spec.hashes, max_held, geometry.blocks_for(known))?);
+        let held_blocks = table.held();
+        self.computed = held_blocks * block_tokens;
+        self.published = held_blocks;
+        self.began = Some(now);
+        self.prefilled = 0;
+        let queued = now.saturating_since(self.arrived);
+        self.tell(SequenceEvent::Started {
+            table: Arc::downgrade(&table),
+            held_blocks,
+            queued,
+        });
+        self.table = Some(table);
+        Ok(())
+    }
+
+    /// Gives its blocks back; it will wait and compute everything anew. One that was held back goes by its deadline then:
+    /// with precedence it would take its blocks from the very one that it gave way to.
+    pub fn give_way(&mut self) {
+        self.preempted = !self.is_held_back();
+        self.table = None;
+        self.computed = 0;
+        self.prefilled = 0;
+        self.published = 0;
+        self.decoding = false;
+    }
+
+    /// Has blocks for `tokens` tokens, growing by what lacks.
+    pub fn make_room(&mut self, tokens: usize, geometry: &KvGeometry) -> Result<(), NoRoom> {
+        let Some(table) = &mut self.table else { return Ok(()) };
+        let lacking = geometry.blocks_for(tokens).saturating_sub(table.blocks().len());
+        if lacking == 0 {
+            return Ok(());
+        }
+        let total = table.blocks().len() + lacking;
+        match Arc::get_mut(table) {
+            Some(table) => table.grow(lacking),
+            // Only a sequence that ends with its first token shares its table, and that one never grows.
+            None => Err(NoRoom {
+                wanted: lacking,
+                room: 0,
+                total,
+            }),
+        }
+    }
+
+    /// A step has computed `tokens` more tokens.
+    pub fn advance(&mut self, tokens: usize, geometry: &KvGeometry) {
+        self.computed += tokens;
+        if !self.decoding {
+            self.prefilled += tokens;
+        }
+        self.publish(geometry);
+        if self.spec.until == Until::FirstToken && self.computed < self.tokens.len() {
+            self.tell(SequenceEvent::Computed { tokens: self.computed });
+        }
+    }
+
+    /// Gives every full block its identity. Full blocks never change again.
+    fn publish(&mut self, geometry: &KvGeometry) {
+        let Some(table) = &self.table else { return };
+        let block_tokens = geometry.block_tokens as usize;
+        let full = self.computed / block_tokens;
+        while self.published < full {
+            let ordinal = self.published;
+            if ordinal == self.spec.hashes.len() {
+                let Some(chain) = &mut self.spec.chain else { return };
+                let tokens = &self.tokens[ordinal * block_tokens..(ordinal + 1) * block_tokens];
+                self.spec.hashes.push(chain.push_block(tokens));
+            }
+            let Some(hash) = self.spec.hashes.get(ordinal) else {
+                return;
+            };
+            table.publish(ordinal, *hash);
+            self.published += 1;
+        }
+    }
+
+    /// Draws the next token from `logits` and tells it. The sequence is over where that was its last.
+    pub fn draw(&mut self, logits: &[f32], ending: &Ending, arena: &ArenaView, now: Moment) {
+        let (prompt, generated) = self.tokens.split_at(self.prompt_len);
+        let index = u32::try_from(generated.len()).unwrap_or(u32::MAX);
+        let sampled = sample(logits, &self.spec.sampling, prompt, generated);
+        let finish = ending.finish(&self.spec.sampling, self.tokens.len(), index, sampled.token);
+        let prefill = self.began.take().map(|began| PrefillDone {
+            took: now.saturating_since(began),
+            tokens: self.prefilled,
+        });
+        self.tokens.push(sampled.token);
+        self.decoding = true;
+        let drawn = Drawn {
+            index,
+            token: sampled.token,
+            logprobs: sampled.logprobs,
+            finish,
+        };
+        let ends = finish.is_some() || self.spec.until == Until::FirstToken;
+        let mut table = None;
+        if self.spec.until == Until::FirstToken {
+            table = self.table.take();
+            if let Some(Err(error)) = table.as_ref().map(|table| table.zero_unfilled(arena, self.computed)) {
+                return self.fail(SequenceError::Arena(error));
+            }
+        }
+        self.tell(SequenceEvent::Token { drawn, table, prefill });
+        self.over |= ends;
+    }
+
+    pub fn fail(&mut self, error: SequenceError) {
+        tracing::warn!(request_id = %self.spec.request_id, %error, "sequence failed");
+        self.tell(SequenceEvent::Failed { error });
+        self.over = true;
+    }
+
+    fn tell(&mut self, event: SequenceEvent) {
+        match self.spec.events.try_send(event) {
+            // The next progress says more than the one left out.
+            Ok(()) | Err(TrySendError::Full(SequenceEvent::Computed { .. })) => {}
+            Err(TrySendError::Full(_)) => {
+                tracing::error!(request_id = %self.spec.request_id, "event channel is too small, sequence dropped");
+                self.over = true;
+            }
+            Err(TrySendError::Closed(_)) => self.over = true,
+        }
+    }
+}

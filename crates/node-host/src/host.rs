@@ -1,0 +1,274 @@
+//! What a node has, whatever its role: identity, model facts, blocks, engine, endpoint, and whether it takes work.
+
+use crate::engine::{self, Ending, EngineHandle, EngineParts};
+use crate::errors::LastErrors;
+use baton_engine::{Backend, BlockPool, ModelConfig};
+use baton_kv_transfer::Endpoint;
+use baton_node_runtime::{CancellationToken, Clock, Supervisor, TaskHandle};
+use baton_types::{ArenaView, CacheScope, Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, NumericsId};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Who a node is.
+#[derive(Debug, Clone)]
+pub struct NodeIdentity {
+    /// Its name.
+    pub node_id: NodeId,
+    /// This life of its process.
+    pub instance: Instance,
+    /// What it does.
+    pub role: NodeRole,
+}
+
+/// What is bounded on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeLimits {
+    /// Requests that may wait for blocks.
+    pub queue_capacity: usize,
+    /// Requests that may be computed at once.
+    pub running_max: usize,
+    /// Prompt tokens of one step.
+    pub chunk_tokens: usize,
+}
+
+/// Everything that a node is made of, in a process of its own or in a test.
+pub struct NodeParts {
+    /// Who it is.
+    pub identity: NodeIdentity,
+    /// Its bounds.
+    pub limits: NodeLimits,
+    /// The model.
+    pub backend: Box<dyn Backend>,
+    /// Tokens that end a text beside those that the model's own configuration names (a chat template's, for one).
+    pub eos_tokens: Vec<u32>,
+    /// Memory of its KV.
+    pub arena: ArenaView,
+    /// Owner of that memory's blocks; the endpoint's `DestinationBlocks` stand over the same pool.
+    pub pool: Arc<BlockPool>,
+    /// Its end of hand-overs.
+    pub endpoint: Endpoint,
+    /// Time.
+    pub clock: Clock,
+    /// Its tasks.
+    pub supervisor: Supervisor,
+}
+
+/// What is known of the model that a node runs.
+#[derive(Debug, Clone)]
+pub struct ModelFacts {
+    /// Hyperparameters.
+    pub config: ModelConfig,
+    /// Which weights.
+    pub fingerprint: ModelFingerprint,
+    /// Which arithmetic.
+    pub numerics: NumericsId,
+    /// Scripted tokens.
+    pub stub: bool,
+    /// Shape of its KV.
+    pub geometry: KvGeometry,
+}
+
+/// A living node. Cheap to clone.
+#[derive(Clone)]
+pub struct Host(Arc<Inner>);
+
+struct Inner {
+    identity: NodeIdentity,
+    limits: NodeLimits,
+    model: ModelFacts,
+    ending: Ending,
+    pool: Arc<BlockPool>,
+    arena: ArenaView,
+    endpoint: Endpoint,
+    engine: EngineHandle,
+    engine_task: Mutex<Option<TaskHandle>>,
+    clock: Clock,
+    supervisor: Supervisor,
+    errors: LastErrors,
+    draining: CancellationToken,
+    drain_ms: AtomicU64,
+    /// Requests from admission to their last word.
+    requests: AtomicUsize,
+}
+
+/// Counts a request as long as it lives.
+pub struct RequestGuard(Host);
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        self.0.0.requests.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Host {
+    /// Starts the engine thread.
+    pub fn start(parts: NodeParts) -> Self {
+        let NodeParts {
+            identity,
+            limits,
+            backend,
+            eos_tokens,
+            arena,
+            pool,
+            endpoint,
+            clock,
+            supervisor,
+        } = parts;
+        let model = ModelFacts {
+            config: backend.config().clone(),
+            fingerprint: backend.fingerprint(),
+            numerics: backend.numerics().clone(),
+            stub: backend.is_stub(),
+            geometry: *arena.geometry(),
+        };
+        let ending = Ending::new(backend.config(), &eos_tokens);
+        let room = endpoint.clone();
+        let engine_parts = EngineParts {
+            backend,
+            arena: arena.clone(),
+            pool: pool.clone(),
+            queue_capacity: limits.queue_capacity,
+            running_max: limits.running_max,
+            chunk_tokens: limits.chunk_tokens,
+            ending: ending.clone(),
+            room_changed: Box::new(move || room.room_changed()),
+        };
+        let (engine, task) = engine::start(engine_parts, clock, &supervisor);
+        // However the node ends, its thread does too: nobody could abort it.
+        let (closer, token) = (engine.clone(), supervisor.shutdown_token());
+        supervisor.spawn("engine-closer", async move {
+            token.cancelled().await;
+            closer.close();
+        });
+        Self(Arc::new(Inner {
+            identity,
+            limits,
+            model,
+            ending,
+            pool,
+            arena,
+            endpoint,
+            engine,
+            engine_task: Mutex::new(Some(task)),
+            clock,
+            supervisor,
+            errors: LastErrors::default(),
+            draining: CancellationToken::new(),
+            drain_ms: AtomicU64::new(0),
+            requests: AtomicUsize::new(0),
+        }))
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &NodeIdentity {
+        &self.0.identity
+    }
+
+    /// Its bounds.
+    pub fn limits(&self) -> &NodeLimits {
+        &self.0.limits
+    }
+
+    /// What it runs.
+    pub fn model(&self) -> &ModelFacts {
+        &self.0.model
+    }
+
+    /// What ends a sequence here.
+    pub fn ending(&self) -> &Ending {
+        &self.0.ending
+    }
+
+    /// Owner of its blocks.
+    pub fn pool(&self) -> &Arc<BlockPool> {
+        &self.0.pool
+    }
+
+    /// Memory of its blocks.
+    pub fn arena(&self) -> &ArenaView {
+        &self.0.arena
+    }
+
+    /// Its end of hand-overs.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.0.endpoint
+    }
+
+    /// What computes.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.0.engine
+    }
+
+    /// Time.
+    pub fn clock(&self) -> Clock {
+        self.0.clock
+    }
+
+    /// Its tasks.
+    pub fn supervisor(&self) -> &Supervisor {
+        &self.0.supervisor
+    }
+
+    /// Its last errors.
+    pub fn errors(&self) -> &LastErrors {
+        &self.0.errors
+    }
+
+    /// Remembers an error for the heartbeat.
+    pub fn note_error(&self, error: &dyn std::fmt::Display) {
+        self.0.errors.push(&self.0.clock, error);
+    }
+
+    /// Takes no new work from now on, and gives what runs so long to end. The first call counts.
+    pub fn begin_drain(&self, deadline: Duration) {
+        if !self.0.draining.is_cancelled() {
+            self.0.drain_ms.store(
+                u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+                Ordering::Release,
+            );
+            self.0.draining.cancel();
+        }
+    }
+
+    /// How long what runs may take to end.
+    pub fn drain_deadline(&self) -> Duration {
+        Duration::from_millis(self.0.drain_ms.load(Ordering::Acquire))
+    }
+
+    /// Cancelled once it takes no new work.
+    pub fn draining(&self) -> &CancellationToken {
+        &self.0.draining
+    }
+
+    /// Counts a request until the guard is dropped.
+    pub fn enter(&self) -> RequestGuard {
+        self.0.requests.fetch_add(1, Ordering::AcqRel);
+        RequestGuard(self.clone())
+    }
+
+    /// Requests that live.
+    pub fn requests(&self) -> usize {
+        self.0.requests.load(Ordering::Acquire)
+    }
+
+    /// Identities begin here for requests of the default tenant.
+    pub fn cache_scope(&self) -> CacheScope {
+        CacheScope {
+            fingerprint: self.0.model.fingerprint,
+            numerics: self.0.model.numerics.clone(),
+            dtype: self.0.model.geometry.dtype,
+            adapter: String::new(),
+            salt: String::new(),
+        }
+    }
+
+    /// Ends the engine thread and waits for it.
+    pub async fn stop_engine(&self) {
+        self.0.engine.close();
+        let task = self.0.engine_task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.join().await;
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The flags of a node, whatever its role.
+
+use crate::error::BringUpError;
+use baton_cluster_state::{Credentials, StoreAddress, StoreOptions};
+use baton_kv_transfer::EndpointOptions;
+use baton_node_runtime::{ProcessOptions, parse_bytes, parse_duration};
+use baton_types::{KvDtype, NodeRole};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Element type of KV, as a flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvDtypeFlag {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl From<KvDtypeFlag> for KvDtype {
+    fn from(flag: KvDtypeFlag) -> Self {
+        match flag {
+            KvDtypeFlag::F16 => Self::F16,
+            KvDtypeFlag::Bf16 => Self::Bf16,
+            KvDtypeFlag::F32 => Self::F32,
+        }
+    }
+}
+
+/// Flags that every node has.
+#[derive(Debug, Clone, clap::Args)]
+pub struct NodeOptions {
+    /// A .gguf file, a folder with config.json and *.safetensors, or `stub[:KEY=NUMBER,...]` for scripted tokens
+    #[arg(long, value_name = "PATH|stub", help_heading = "Model")]
+    pub model: String,
+    /// The model's name for clients [default: the file's name]
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    pub model_name: Option<String>,
+    /// Compute threads; 0 takes all cores
+    #[arg(long, value_name = "COUNT", default_value_t = 0, help_heading = "Model")]
+    pub threads: usize,
+    /// Memory for KV blocks, such as 2GiB [default: half of what the machine and its control group leave]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "KV cache")]
+    pub kv_bytes: Option<u64>,
+    /// Tokens per KV block; the same on all nodes of a model
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "KV cache")]
+    pub block_tokens: u32,
+    /// Element type of KV; the same on all nodes of a model
+    #[arg(
+        long,
+        value_name = "TYPE",
+        value_enum,
+        default_value = "f16",
+        help_heading = "KV cache"
+    )]
+    pub kv_dtype: KvDtypeFlag,
+    /// This node's name, unique in the cluster [default: the role and a random number]
+    #[arg(long, value_name = "NAME", help_heading = "Cluster")]
+    pub node_id: Option<String>,
+    /// The store that holds the cluster's members: etcd://HOST:PORT[,HOST:PORT...]
+    #[arg(long, value_name = "URL", help_heading = "Cluster")]
+    pub store: StoreAddress,
+    /// The cluster's name in that store
+    #[arg(long, value_name = "NAME", default_value = "default", help_heading = "Cluster")]
+    pub cluster: String,
+    /// After this long without a sign of life the node is gone for others; at least 2s
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "10s", help_heading = "Cluster")]
+    pub lease_ttl: Duration,
+    /// User of an etcd with authentication
+    #[arg(long, value_name = "USER:PASSWORD", hide_env_values = true, help_heading = "Cluster")]
+    pub etcd_user: Option<Credentials>,
+    /// PEM file of the authority that signed etcd's certificate; turns TLS on
+    #[arg(long, value_name = "FILE", help_heading = "Cluster")]
+    pub etcd_ca: Option<PathBuf>,
+    /// PEM file of the certificate to show to etcd
+    #[arg(long, value_name = "FILE", requires = "etcd_key", help_heading = "Cluster")]
+    pub etcd_cert: Option<PathBuf>,
+    /// PEM file of that certificate's key
+    #[arg(long, value_name = "FILE", requires = "etcd_cert", help_heading = "Cluster")]
+    pub etcd_key: Option<PathBuf>,
+    /// Where gRPC is served to coordinators; port 0 takes any free one
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:0",
+        help_heading = "Network"
+    )]
+    pub listen: SocketAddr,
+    /// The host or address that others reach this node by [default: the one listened on]
+    #[arg(long, value_name = "HOST", help_heading = "Network")]
+    pub advertise: Option<String>,
+    /// Where KV hand-overs arrive; port 0 takes any free one
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:0",
+        help_heading = "Network"
+    )]
+    pub transfer_listen: SocketAddr,
+    /// Prompt tokens computed in one step; a multiple of --block-tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, help_heading = "Scheduling")]
+    pub chunk_tokens: usize,
+    /// Requests that may wait here; more are refused at once
+    #[arg(long, value_name = "COUNT", default_value_t = 64, help_heading = "Scheduling")]
+    pub queue: usize,
+    /// Requests that may be computed at once [default: 32 on a prefill node, 256 on a decode node]
+    #[arg(long, value_name = "COUNT", help_heading = "Scheduling")]
+    pub running: Option<usize>,
+    /// How long running requests may take once the node is told to end
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "30s", help_heading = "Scheduling")]
+    pub drain_timeout: Duration,
+    /// Logs, admin port, configuration file.
+    #[command(flatten)]
+    pub process: ProcessOptions,
+}
+
+impl NodeOptions {
+    /// Checks what clap cannot.
+    ///
+    /// # Errors
+    /// The first flag that does not fit, by name.
+    pub fn validate(&self) -> Result<(), BringUpError> {
+        let check = |ok: bool, flag, value: String, expected: &str| {
+            if ok {
+                Ok(())
+            } else {
+                Err(BringUpError::Option {
+                    flag,
+                    value,
+                    expected: expected.to_owned(),
+                })
+            }
+        };
+        let block = self.block_tokens;
+        check(
+            (1..=1024).contains(&block),
+            "--block-tokens",
+            block.to_string(),
+            "1 to 1024",
+        )?;
+        let (chunk, block) = (self.chunk_tokens, block as usize);
+        let expected = format!("a multiple of --block-tokens ({block})");
+        check(
+            chunk >= block && chunk.is_multiple_of(block),
+            "--chunk-tokens",
+            chunk.to_string(),
+            &expected,
+        )?;
+        check(
+            (1..=65_536).contains(&self.queue),
+            "--queue",
+            self.queue.to_string(),
+            "1 to 65536",
+        )?;
+        let running = self.running.unwrap_or(1);
+        check(
+            (1..=65_536).contains(&running),
+            "--running",
+            running.to_string(),
+            "1 to 65536",
+        )?;
+        check(
+            self.threads <= 4096,
+            "--threads",
+            self.threads.to_string(),
+            "at most 4096",
+        )?;
+        for (flag, listen) in [("--listen", self.listen), ("--transfer-listen", self.transfer_listen)] {
+            let reachable = self.advertise.is_some() || !listen.ip().is_unspecified();
+            check(
+                reachable,
+                flag,
+                listen.to_string(),
+                "one address, or --advertise HOST beside it",
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Requests that may be computed at once.
+    pub fn running_max(&self, role: NodeRole) -> usize {
+        self.running.unwrap_or(match role {
+            NodeRole::Prefill => 32,
+            NodeRole::Decode => 256,
+        })
+    }
+
+    /// How to reach the store.
+    pub fn store_options(&self) -> StoreOptions {
+        StoreOptions {
+            cluster: self.cluster.clone(),
+            user: self.etcd_user.clone(),
+            ca: self.etcd_ca.clone(),
+            cert: self.etcd_cert.clone(),
+            key: self.etcd_key.clone(),
+            lease_ttl: self.lease_ttl,
+            ..StoreOptions::new(self.store.clone())
+        }
+    }
+
+    /// How hand-overs arrive.
+    pub fn endpoint_options(&self) -> EndpointOptions {
+        EndpointOptions {
+            listen: self.transfer_listen,
+            advertise: self.advertise.clone(),
+            ..EndpointOptions::default()
+        }
+    }
+
+    /// The address that others reach a listener by.
+    pub fn advertised(&self, listener: SocketAddr) -> String {
+        match &self.advertise {
+            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listener.port()),
+            Some(host) => format!("{host}:{}", listener.port()),
+            None => listener.to_string(),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The door of the role: checks a request, gives it a place in the queue and a task.
+
+use crate::request::PrefillRequest;
+use baton_kv_transfer::Peer;
+use baton_node_host::engine::{Beginning, Control, SequenceSpec, Until};
+use baton_node_host::{CancelOnDrop, EventStream, Host, Outcome, Role, work};
+use baton_proto::{convert, v1};
+use baton_types::{NodeId, NodeRole, Work};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+/// Events of one request that may wait for a slow coordinator: all of them.
+const EVENTS: usize = 8;
+/// Progress that may wait for the request's task; more is left out.
+const PROGRESS: usize = 64;
+
+/// The role.
+pub struct PrefillRole {
+    host: Host,
+}
+
+impl PrefillRole {
+    /// On this node.
+    pub fn new(host: Host) -> Self {
+        Self { host }
+    }
+
+    fn start(&self, request: v1::PrefillRequest) -> Result<EventStream<v1::PrefillEvent>, Status> {
+        let wire = request.work.ok_or(convert::ConvertError::Missing { field: "work" })?;
+        let work = Work::try_from(wire)?;
+        let peer = peer(
+            request
+                .decode
+                .ok_or(convert::ConvertError::Missing { field: "decode" })?,
+        )?;
+        work::check(&self.host, &work, &request.instance)?;
+        let deadline = self.host.clock().now() + work.budget.0;
+        let control = Control::new(false);
+        let (progress, events) = mpsc::channel(PROGRESS);
+        let sequence = SequenceSpec {
+            request_id: work.request_id,
+            prompt: work.prompt.clone(),
+            generated: work.generated.clone(),
+            sampling: work.sampling.clone(),
+            hashes: work.block_hashes.clone(),
+            chain: None,
+            deadline,
+            beginning: Beginning::Compute,
+            until: Until::FirstToken,
+            control: control.clone(),
+            events: progress,
+        };
+        let guard = self.host.enter();
+        self.host
+            .engine()
+            .submit(sequence)
+            .map_err(|error| work::submit_status(&error))?;
+        let cancel = CancelOnDrop::new(control.clone(), self.host.engine().clone());
+        let (out, stream) = mpsc::channel(EVENTS);
+        let task = PrefillRequest {
+            host: self.host.clone(),
+            work,
+            peer,
+            deadline,
+            control,
+            events,
+            out,
+        };
+        self.host.supervisor().spawn("prefill-request", async move {
+            // Dropped last to first: the sequence ends before the request is no longer counted.
+            let _guard = guard;
+            let _cancel = cancel;
+            task.run().await;
+        });
+        Ok(Box::pin(ReceiverStream::new(stream)))
+    }
+}
+
+fn peer(wire: v1::TransferPeer) -> Result<Peer, Status> {
+    Ok(Peer {
+        node: NodeId::new(wire.node_id),
+        instance: convert::parse_id("decode.instance", &wire.instance)?,
+        addresses: wire.addresses,
+    })
+}
+
+impl Role for PrefillRole {
+    fn prefill(&self, request: v1::PrefillRequest) -> Result<EventStream<v1::PrefillEvent>, Status> {
+        let started = self.start(request);
+        if let Err(status) = &started {
+            Outcome::Refused.count(NodeRole::Prefill);
+            tracing::debug!(code = ?status.code(), error = status.message(), "request refused");
+        }
+        started
+    }
+
+    fn decode(&self, _commands: EventStream<v1::DecodeCommand>) -> Result<EventStream<v1::DecodeEvent>, Status> {
+        let node = &self.host.identity().node_id;
+        Err(Status::failed_precondition(format!(
+            "{node} is a prefill node: it does not decode"
+        )))
+    }
+}
