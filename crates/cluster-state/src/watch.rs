@@ -26,6 +26,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 const CREATED_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A change of membership.
+// Few exist at a time, and a box would stand in every match on them.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MembershipEvent {
     /// These are all members; forget others.

@@ -2,6 +2,8 @@
 
 use std::ops::Bound;
 
+type Bounds<'a> = (Bound<&'a [u8]>, Bound<&'a [u8]>);
+
 /// A set of keys, as etcd's pair of `key` and `range_end` gives it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct KeyRange {
@@ -39,7 +41,7 @@ impl KeyRange {
     }
 
     /// For an ordered map; `None` where nothing can lie inside.
-    pub(super) fn bounds(&self) -> Option<(Bound<&[u8]>, Bound<&[u8]>)> {
+    pub(super) fn bounds(&self) -> Option<Bounds<'_>> {
         let from = Bound::Included(self.from.as_slice());
         match &self.end {
             End::Single => Some((from, Bound::Included(&self.from))),

@@ -2,6 +2,9 @@
 //!
 //! The raw protocol comes first (`kv`, `lease`, `watch`), then what this crate makes of it (`nodes`, `outage`).
 
+// A failed expectation anywhere in here is a failed test.
+#![allow(clippy::unwrap_used)]
+
 mod backend;
 mod kv;
 mod lease;
