@@ -2,7 +2,7 @@
 
 use crate::models::ModelSource;
 use anyhow::{Result, ensure};
-use baton_node_runtime::{format_bytes, parse_bytes};
+use baton_node_runtime::format_bytes;
 use std::net::SocketAddr;
 
 /// A node's KV gets no more than this unless told: what a few long requests need, and quick to claim at the start.
@@ -13,7 +13,7 @@ const KV_PER_NODE_MIN: u64 = 16 << 20;
 /// How long requests that run may take once the cluster is told to end.
 const DRAIN_TIMEOUT: &str = "3s";
 
-/// How many nodes of which kind, and what they share.
+/// How many nodes of which kind.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Shape {
     /// Prefill nodes; 0 runs colocated: decode nodes prefill too
@@ -25,12 +25,6 @@ pub struct Shape {
     /// smollm2, a .gguf file, a folder with config.json and *.safetensors, a Hugging Face repository, or stub
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: ModelSource,
-    /// KV memory of all nodes together, shared out evenly [default: half of the memory available, at most 1 GiB a node]
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    pub kv_bytes: Option<u64>,
-    /// Compute threads of each node [default: the machine's cores, shared out evenly]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
 }
 
 /// A cluster to start.
@@ -40,6 +34,10 @@ pub struct ClusterOptions {
     pub shape: Shape,
     /// What `shape.model` came to.
     pub model: String,
+    /// KV memory of all nodes together, bytes; none: half of the memory available, within bounds.
+    pub kv_bytes: Option<u64>,
+    /// Compute threads of each node, 0 for one per core; none: the cores shared out.
+    pub threads: Option<usize>,
     /// `embedded` or `etcd://...`.
     pub store: String,
     /// The cluster's name in the store.
@@ -101,7 +99,7 @@ impl ClusterOptions {
     pub fn nodes(&self, store: &str, machine: Machine) -> Result<Vec<ChildPlan>> {
         let count = self.shape.prefill + self.shape.decode;
         let kv_bytes = self.kv_bytes_per_node(count, machine)?;
-        let threads = self.shape.threads.unwrap_or_else(|| (machine.cores / count).max(1));
+        let threads = self.threads.unwrap_or_else(|| (machine.cores / count).max(1));
         let mut nodes = Vec::new();
         for (role, many) in [("prefill", self.shape.prefill), ("decode", self.shape.decode)] {
             for number in 1..=many {
@@ -128,7 +126,7 @@ impl ClusterOptions {
 
     fn kv_bytes_per_node(&self, nodes: usize, machine: Machine) -> Result<u64> {
         let nodes = nodes as u64;
-        let (bytes, source) = match self.shape.kv_bytes {
+        let (bytes, source) = match self.kv_bytes {
             Some(total) => (total / nodes, "--kv-bytes"),
             None => (
                 (machine.available_memory / 2 / nodes).min(KV_PER_NODE_MAX),
@@ -169,14 +167,10 @@ mod tests {
     fn options(prefill: usize, decode: usize, kv_bytes: Option<u64>) -> ClusterOptions {
         let model = ModelSource::Stub("stub".to_owned());
         ClusterOptions {
-            shape: Shape {
-                prefill,
-                decode,
-                model,
-                kv_bytes,
-                threads: None,
-            },
+            shape: Shape { prefill, decode, model },
             model: "stub".to_owned(),
+            kv_bytes,
+            threads: None,
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: "127.0.0.1:0".parse().unwrap(),

@@ -5,7 +5,7 @@ use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::explain;
 use crate::timeline::{self, Answer};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use baton_node_runtime::{ConfigOptions, Supervisor};
+use baton_node_runtime::{ConfigOptions, Supervisor, process};
 use baton_proto::v1::generate_request::Input;
 use baton_proto::v1::inference_client::InferenceClient;
 use baton_proto::v1::{ChatMessage, ChatMessages, FinishReason, GenerateRequest, Model, SamplingParams};
@@ -79,17 +79,14 @@ impl Demo {
 
     async fn start(&self, model: String, supervisor: &Supervisor) -> Result<Cluster> {
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut shape = self.shape.clone();
-        // One request at a time: prefill and decode do not compute at once, so each may have every core.
-        shape.threads = shape.threads.or(Some(0));
-        if shape.kv_bytes.is_none() {
-            let nodes = (shape.prefill + shape.decode) as u64;
-            let available = baton_node_runtime::process::available_memory() / 2;
-            shape.kv_bytes = Some(available.min(KV_BYTES_PER_NODE * nodes));
-        }
+        let nodes = self.shape.prefill + self.shape.decode;
+        let available = process::available_memory() / 2;
         let options = ClusterOptions {
-            shape,
+            shape: self.shape.clone(),
             model,
+            kv_bytes: Some(available.min(KV_BYTES_PER_NODE * nodes as u64)),
+            // One request at a time: prefill and decode do not compute at once, so each may have every core.
+            threads: Some(0),
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: any_port,
@@ -97,7 +94,6 @@ impl Demo {
             log_filter: "info".to_owned(),
             show_logs: false,
         };
-        let nodes = options.shape.prefill + options.shape.decode;
         let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}").context("the template is sound")?;
         let spinner = ProgressBar::new_spinner().with_style(style);
         spinner.set_message(format!("starting a coordinator and {nodes} nodes, loading the model"));

@@ -4,7 +4,7 @@ use super::{INTERRUPTED, Signals, unless_interrupted};
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::Note;
 use anyhow::Result;
-use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent};
+use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent, parse_bytes};
 use serde_json::json;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -15,6 +15,12 @@ use std::process::ExitCode;
 pub struct Up {
     #[command(flatten)]
     shape: Shape,
+    /// KV memory of all nodes together, shared out evenly [default: half of the memory available, at most 1 GiB a node]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    kv_bytes: Option<u64>,
+    /// Compute threads of each node; 0 takes all cores [default: the cores shared out evenly]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
     /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]
     #[arg(long, value_name = "STORE", default_value = "embedded")]
     store: String,
@@ -88,6 +94,8 @@ impl Up {
         let options = ClusterOptions {
             shape: self.shape.clone(),
             model,
+            kv_bytes: self.kv_bytes,
+            threads: self.threads,
             store: self.store.clone(),
             name: self.cluster.clone(),
             http_listen: self.http_listen,
