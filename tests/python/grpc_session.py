@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A session of a gRPC client, built here by grpcio from Baton's .proto files, with a running cluster.
 
-usage: grpc_session.py --target HOST:PORT [--model NAME] [--proto FOLDER]
+usage: grpc_session.py HOST:PORT [--model NAME] [--proto FOLDER]
 Exit code 0: every check passed; 1: the line that begins with FAILED says which did not, and why.
 """
 
@@ -19,7 +19,7 @@ from session import check, equal, refused, run
 
 PROTO = pathlib.Path(__file__).resolve().parents[2] / "proto" / "proto"
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-arguments.add_argument("--target", required=True, help="the coordinator's gRPC address, HOST:PORT")
+arguments.add_argument("target", help="the coordinator's gRPC address, HOST:PORT")
 arguments.add_argument("--model", default="", help="default: the only one served")
 arguments.add_argument("--proto", type=pathlib.Path, default=PROTO, help="the folder that holds baton/v1")
 options = arguments.parse_args()

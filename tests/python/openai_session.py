@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A session of the official OpenAI client with a running cluster.
 
-usage: openai_session.py --base-url http://HOST:PORT/v1 [--model NAME]
+usage: openai_session.py http://HOST:PORT/v1 [--model NAME]
 Exit code 0: every check passed; 1: the line that begins with FAILED says which did not, and why.
 """
 
@@ -16,7 +16,7 @@ import openai
 from session import check, equal, refused, run
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-arguments.add_argument("--base-url", required=True, help="the OpenAI API's root, ending in /v1")
+arguments.add_argument("base_url", help="the OpenAI API's root, ending in /v1")
 arguments.add_argument("--model", help="default: the first one listed")
 options = arguments.parse_args()
 

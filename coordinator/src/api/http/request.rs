@@ -58,8 +58,8 @@ pub(super) struct Asked {
 /// Converts a request's body.
 pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<Asked, HttpError> {
     let mut fields = Fields::of_body(body)?;
-    let model = fields.text("model")?;
-    let model = fields.required("model", model)?;
+    // OpenAI demands a name; here its absence means the only model that is served.
+    let model = fields.text("model")?.unwrap_or_default();
     let mut sampling = sampling(&mut fields)?;
     let seed = fields.seed("seed")?;
     let stop = stop(fields.take("stop"))?;

@@ -30,7 +30,10 @@ pub(super) fn read(path: &Path) -> Result<TextCard, CardError> {
         .text("general.architecture")?
         .ok_or_else(|| missing("general.architecture"))?;
     let context_key = format!("{architecture}.context_length");
-    let context_tokens = metadata.u32(&context_key)?.ok_or_else(|| missing(&context_key))?;
+    let context_tokens = metadata.u32(&context_key)?.ok_or_else(|| {
+        let reason = format!("is `{architecture}`, but {context_key} is missing");
+        metadata.invalid("general.architecture", reason)
+    })?;
     let pre = pre_tokenizer(&metadata)?;
     let tokens = metadata.texts(TOKENS)?.ok_or_else(|| missing(TOKENS))?;
     let kinds = kinds(&metadata, tokens)?;
