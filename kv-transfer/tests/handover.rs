@@ -2,7 +2,9 @@
 
 mod nodes;
 
-use baton_kv_transfer::{EndpointOptions, ExpectError, ExpectSpec, IncomingEvent, OutgoingSpec, PathKind, Peer, TransferError};
+use baton_kv_transfer::{
+    EndpointOptions, ExpectError, ExpectSpec, IncomingEvent, OutgoingSpec, PathKind, Peer, TransferError,
+};
 use baton_types::{Attempt, BlockHash, Instance, KvGeometry, ModelFingerprint, NumericsId, Ticket};
 use bytes::Bytes;
 use nodes::{GEOMETRY, Node, PATIENCE, committed, failure, identity, options, send, source};
@@ -26,14 +28,22 @@ async fn every_byte_arrives_and_every_block_returns() {
         for layer in 0..GEOMETRY.layers {
             for ordinal in (0..5).rev() {
                 let claim = Arc::clone(&kv.claim) as _;
-                outgoing.push(ordinal, layer..layer + 1, kv.blocks[ordinal as usize], claim).unwrap();
+                outgoing
+                    .push(ordinal, layer..layer + 1, kv.blocks[ordinal as usize], claim)
+                    .unwrap();
             }
         }
         let (report, ()) = tokio::join!(outgoing.complete(Bytes::from_static(b"hello")), async {
-            assert!(matches!(incoming.next().await, IncomingEvent::Granted { held: 0, fresh: 6, .. }));
+            assert!(matches!(
+                incoming.next().await,
+                IncomingEvent::Granted { held: 0, fresh: 6, .. }
+            ));
             assert!(matches!(incoming.next().await, IncomingEvent::FirstBlock));
             let received = committed(&mut incoming).await;
-            assert_eq!((&received.payload[..], received.held, received.attempt), (&b"hello"[..], 0, Attempt::FIRST));
+            assert_eq!(
+                (&received.payload[..], received.held, received.attempt),
+                (&b"hello"[..], 0, Attempt::FIRST)
+            );
             assert_eq!(received.bytes, 5 * GEOMETRY.block_bytes() as u64);
             assert_eq!(received.table.blocks().len(), 6);
             received.check(&d, 18, 100);
@@ -113,17 +123,32 @@ async fn a_full_receiver_queues_the_ask() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_room_in_time_is_refused() {
-    let (p, d) = (Node::start(PathKind::Tcp, 16).await, Node::start(PathKind::Tcp, 16).await);
+    let (p, d) = (
+        Node::start(PathKind::Tcp, 16).await,
+        Node::start(PathKind::Tcp, 16).await,
+    );
     let running = d.pool.acquire(12);
     let ticket = Ticket::random();
     let mut incoming = d.expect(ticket, 18);
     let deadline = Duration::from_millis(100);
     let peer = d.endpoint.peer();
-    let spec = OutgoingSpec { peer, ticket, attempt: Attempt::FIRST, context_tokens: 18, deadline };
+    let spec = OutgoingSpec {
+        peer,
+        ticket,
+        attempt: Attempt::FIRST,
+        context_tokens: 18,
+        deadline,
+    };
     let error = p.endpoint.open(spec).reserve().await.unwrap_err();
-    assert!(matches!(error, TransferError::NoRoom { .. } | TransferError::Deadline), "{error}");
+    assert!(
+        matches!(error, TransferError::NoRoom { .. } | TransferError::Deadline),
+        "{error}"
+    );
     let error = failure(&mut incoming).await;
-    assert!(matches!(error, TransferError::NoRoom { .. } | TransferError::Deadline), "{error}");
+    assert!(
+        matches!(error, TransferError::NoRoom { .. } | TransferError::Deadline),
+        "{error}"
+    );
     drop((running, incoming));
     p.end().await;
     d.end().await;
@@ -132,7 +157,7 @@ async fn no_room_in_time_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_at_once() {
     for path in PATHS {
-        let (p, d) = (Node::start(path, 400).await, Node::start(path, 64).await);
+        let (p, d) = (Node::start(path, 400).await, Arc::new(Node::start(path, 64).await));
         let mut tasks = Vec::new();
         for n in 0..100u64 {
             let tokens = 1 + (n as usize * 7) % 40;
@@ -141,6 +166,7 @@ async fn a_hundred_at_once() {
             let outgoing = p.open(&d, ticket, tokens);
             let kv = source(&p, tokens.min(12), 1000 * n);
             let give_up = n % 10 == 3;
+            let d = Arc::clone(&d);
             tasks.push(tokio::spawn(async move {
                 // Contexts of more blocks than this test has sources for repeat the last one.
                 let mut outgoing = outgoing;
@@ -150,7 +176,9 @@ async fn a_hundred_at_once() {
                 };
                 for ordinal in granted.wanted {
                     let block = kv.blocks[(ordinal as usize).min(kv.blocks.len() - 1)];
-                    outgoing.push(ordinal, 0..GEOMETRY.layers, block, Arc::clone(&kv.claim) as _).unwrap();
+                    outgoing
+                        .push(ordinal, 0..GEOMETRY.layers, block, Arc::clone(&kv.claim) as _)
+                        .unwrap();
                     if give_up && ordinal == 1 {
                         break;
                     }
@@ -159,32 +187,38 @@ async fn a_hundred_at_once() {
                     drop(outgoing);
                     let error = failure(&mut incoming).await;
                     assert!(matches!(error, TransferError::Aborted { .. }), "{error}");
-                    return None;
+                    return;
                 }
-                let (report, received) =
-                    tokio::join!(outgoing.complete(Bytes::copy_from_slice(&n.to_le_bytes())), committed(&mut incoming));
+                let (report, received) = tokio::join!(
+                    outgoing.complete(Bytes::copy_from_slice(&n.to_le_bytes())),
+                    committed(&mut incoming)
+                );
                 report.unwrap();
                 assert_eq!(&received.payload[..], &n.to_le_bytes());
-                Some((n, kv.blocks.len(), received))
-            }));
-        }
-        for task in tasks {
-            if let Some((n, sources, received)) = task.await.unwrap() {
-                for (ordinal, block) in received.table.blocks()[..sources].iter().enumerate() {
-                    assert!(d.holds(*block, 1000 * n + ordinal as u64), "hand-over {n}, block {ordinal}");
+                for (ordinal, block) in received.table.blocks()[..kv.blocks.len()].iter().enumerate() {
+                    assert!(
+                        d.holds(*block, 1000 * n + ordinal as u64),
+                        "hand-over {n}, block {ordinal}"
+                    );
                 }
                 drop(received);
                 d.endpoint.room_changed();
-            }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
         }
         p.end().await;
-        d.end().await;
+        Arc::into_inner(d).expect("the last user").end().await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn both_ways_between_one_pair() {
-    let (a, b) = (Node::start(PathKind::Tcp, 32).await, Node::start(PathKind::Tcp, 32).await);
+    let (a, b) = (
+        Node::start(PathKind::Tcp, 32).await,
+        Node::start(PathKind::Tcp, 32).await,
+    );
     let (there, back) = (Ticket::random(), Ticket::random());
     let (mut at_b, mut at_a) = (b.expect(there, 9), a.expect(back, 9));
     let (from_a, from_b) = (source(&a, 9, 10), source(&b, 9, 20));
@@ -205,11 +239,17 @@ async fn both_ways_between_one_pair() {
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_cannot_understand_each_other_name_the_field() {
     let d = Node::start(PathKind::Tcp, 4).await;
-    let other_geometry = KvGeometry { head_dim: 32, ..GEOMETRY };
+    let other_geometry = KvGeometry {
+        head_dim: 32,
+        ..GEOMETRY
+    };
     let p = Node::with(options(PathKind::Tcp), identity(other_geometry), 4).await;
     match p.open(&d, Ticket::random(), 4).reserve().await {
         Err(TransferError::Refused { field, ours, theirs }) => {
-            assert_eq!((field.as_str(), ours.as_str(), theirs.as_str()), ("head_dim", "32", "16"));
+            assert_eq!(
+                (field.as_str(), ours.as_str(), theirs.as_str()),
+                ("head_dim", "32", "16")
+            );
         }
         other => panic!("{other:?}"),
     }
@@ -217,7 +257,10 @@ async fn peers_that_cannot_understand_each_other_name_the_field() {
     other_model.fingerprint = ModelFingerprint([8; 32]);
     let q = Node::with(options(PathKind::Tcp), other_model, 4).await;
     let error = q.open(&d, Ticket::random(), 4).reserve().await.unwrap_err();
-    assert!(matches!(&error, TransferError::Refused { field, .. } if field == "fingerprint"), "{error}");
+    assert!(
+        matches!(&error, TransferError::Refused { field, .. } if field == "fingerprint"),
+        "{error}"
+    );
     assert!(error.is_retryable() && error.peer_at_fault());
 
     // Other arithmetic and another build are no obstacle.
@@ -247,7 +290,10 @@ async fn another_process_at_the_address_is_a_peer_gone() {
         };
         p.endpoint.open(spec)
     };
-    let restarted = Peer { instance: Instance::random(), ..d.endpoint.peer() };
+    let restarted = Peer {
+        instance: Instance::random(),
+        ..d.endpoint.peer()
+    };
     let error = open(restarted).reserve().await.unwrap_err();
     assert!(matches!(error, TransferError::PeerGone { .. }), "{error}");
     let nobody = Peer {
@@ -257,7 +303,11 @@ async fn another_process_at_the_address_is_a_peer_gone() {
     };
     let error = open(nobody).reserve().await.unwrap_err();
     assert!(matches!(error, TransferError::PeerGone { .. }), "{error}");
-    let elsewhere = Peer { addresses: vec!["rdma://x".into()], instance: Instance::random(), ..d.endpoint.peer() };
+    let elsewhere = Peer {
+        addresses: vec!["rdma://x".into()],
+        instance: Instance::random(),
+        ..d.endpoint.peer()
+    };
     let error = open(elsewhere).reserve().await.unwrap_err();
     assert!(matches!(error, TransferError::NoPath { .. }), "{error}");
     p.end().await;
@@ -266,7 +316,10 @@ async fn another_process_at_the_address_is_a_peer_gone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_cannot_be_had_gives_way_to_the_next() {
-    let both = |path| EndpointOptions { transports: vec![PathKind::Memory, PathKind::Tcp], ..options(path) };
+    let both = |path| EndpointOptions {
+        transports: vec![PathKind::Memory, PathKind::Tcp],
+        ..options(path)
+    };
     let d = Node::with(both(PathKind::Tcp), identity(GEOMETRY), 8).await;
     let p = Node::with(both(PathKind::Tcp), identity(GEOMETRY), 8).await;
     let mut peer = d.endpoint.peer();
@@ -277,7 +330,13 @@ async fn a_path_that_cannot_be_had_gives_way_to_the_next() {
     }
     let ticket = Ticket::random();
     let (mut incoming, kv) = (d.expect(ticket, 4), source(&p, 4, 1));
-    let spec = OutgoingSpec { peer, ticket, attempt: Attempt::FIRST, context_tokens: 4, deadline: PATIENCE };
+    let spec = OutgoingSpec {
+        peer,
+        ticket,
+        attempt: Attempt::FIRST,
+        context_tokens: 4,
+        deadline: PATIENCE,
+    };
     let (sent, received) = tokio::join!(send(p.endpoint.open(spec), &kv), committed(&mut incoming));
     assert_eq!(sent.unwrap().path, PathKind::Tcp);
     received.check(&d, 4, 1);
@@ -288,7 +347,15 @@ async fn a_path_that_cannot_be_had_gives_way_to_the_next() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_expected_is_said_at_once() {
-    let d = Node::with(EndpointOptions { handovers_max: 2, ..options(PathKind::Tcp) }, identity(GEOMETRY), 8).await;
+    let d = Node::with(
+        EndpointOptions {
+            handovers_max: 2,
+            ..options(PathKind::Tcp)
+        },
+        identity(GEOMETRY),
+        8,
+    )
+    .await;
     let spec = |ticket, tokens, deadline| ExpectSpec {
         ticket,
         attempt: Attempt(3),
@@ -300,13 +367,28 @@ async fn what_cannot_be_expected_is_said_at_once() {
     let ticket = Ticket::random();
     let first = d.endpoint.expect(spec(ticket, 4, PATIENCE)).unwrap();
     let expect = |spec| d.endpoint.expect(spec).map(|_| ());
-    assert_eq!(expect(spec(ticket, 4, PATIENCE)), Err(ExpectError::Duplicate { attempt: Attempt(3) }));
-    assert_eq!(expect(spec(Ticket::random(), 33, PATIENCE)), Err(ExpectError::TooLarge { blocks: 9, limit: 8 }));
-    assert_eq!(expect(spec(Ticket::random(), 4, Duration::ZERO)), Err(ExpectError::Deadline));
+    assert_eq!(
+        expect(spec(ticket, 4, PATIENCE)),
+        Err(ExpectError::Duplicate { attempt: Attempt(3) })
+    );
+    assert_eq!(
+        expect(spec(Ticket::random(), 33, PATIENCE)),
+        Err(ExpectError::TooLarge { blocks: 9, limit: 8 })
+    );
+    assert_eq!(
+        expect(spec(Ticket::random(), 4, Duration::ZERO)),
+        Err(ExpectError::Deadline)
+    );
     let second = d.endpoint.expect(spec(Ticket::random(), 4, PATIENCE)).unwrap();
-    assert_eq!(expect(spec(Ticket::random(), 4, PATIENCE)), Err(ExpectError::TooMany { limit: 2 }));
+    assert_eq!(
+        expect(spec(Ticket::random(), 4, PATIENCE)),
+        Err(ExpectError::TooMany { limit: 2 })
+    );
     drop((first, second));
     let endpoint = d.endpoint.clone();
     d.end().await;
-    assert_eq!(endpoint.expect(spec(ticket, 4, PATIENCE)).map(|_| ()), Err(ExpectError::ShuttingDown));
+    assert_eq!(
+        endpoint.expect(spec(ticket, 4, PATIENCE)).map(|_| ()),
+        Err(ExpectError::ShuttingDown)
+    );
 }

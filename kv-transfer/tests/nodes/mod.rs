@@ -19,8 +19,13 @@ use std::time::Duration;
 pub const SECOND: Duration = Duration::from_secs(1);
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-pub const GEOMETRY: KvGeometry =
-    KvGeometry { layers: 4, kv_heads: 2, head_dim: 16, block_tokens: 4, dtype: KvDtype::F16 };
+pub const GEOMETRY: KvGeometry = KvGeometry {
+    layers: 4,
+    kv_heads: 2,
+    head_dim: 16,
+    block_tokens: 4,
+    dtype: KvDtype::F16,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -47,8 +52,12 @@ pub struct TestPool(Mutex<Books>);
 
 impl TestPool {
     pub fn new(blocks: usize) -> Arc<Self> {
-        let books =
-            Books { places: vec![Place::Free; blocks], cache: HashMap::new(), pins: BTreeMap::new(), sick: BTreeSet::new() };
+        let books = Books {
+            places: vec![Place::Free; blocks],
+            cache: HashMap::new(),
+            pins: BTreeMap::new(),
+            sick: BTreeSet::new(),
+        };
         Arc::new(Self(Mutex::new(books)))
     }
 
@@ -82,12 +91,20 @@ impl TestPool {
     /// Takes blocks as a sequence of this node would.
     pub fn acquire(self: &Arc<Self>, count: usize) -> TestTable {
         let blocks = (0..count).map(|_| self.take(Place::Referenced)).collect();
-        TestTable { pool: Arc::clone(self), held: Vec::new(), fresh: blocks }
+        TestTable {
+            pool: Arc::clone(self),
+            held: Vec::new(),
+            fresh: blocks,
+        }
     }
 
     fn take(&self, place: Place) -> BlockId {
         let mut books = self.0.lock().unwrap();
-        let block = books.places.iter().position(|p| *p == Place::Free).expect("a free block");
+        let block = books
+            .places
+            .iter()
+            .position(|p| *p == Place::Free)
+            .expect("a free block");
         books.places[block] = place;
         BlockId(block as u32)
     }
@@ -150,7 +167,10 @@ impl DestinationBlocks for TestBlocks {
             .take(total - held.len())
             .collect();
         if held.len() + free.len() < total {
-            return Err(NoRoom { wanted: total, room: held.len() + free.len() });
+            return Err(NoRoom {
+                wanted: total,
+                room: held.len() + free.len(),
+            });
         }
         for block in &held {
             *books.pins.entry(*block).or_default() += 1;
@@ -158,7 +178,11 @@ impl DestinationBlocks for TestBlocks {
         for block in &free {
             books.places[block.index()] = Place::Reserved;
         }
-        Ok(Box::new(TestReserved(TestTable { pool: Arc::clone(&self.0), held, fresh: free })))
+        Ok(Box::new(TestReserved(TestTable {
+            pool: Arc::clone(&self.0),
+            held,
+            fresh: free,
+        })))
     }
 }
 
@@ -255,9 +279,22 @@ impl Node {
         let arena = Arena::allocate(identity.geometry, blocks as u32, &mut |_, _| ()).unwrap();
         let (view, pool, supervisor) = (arena.view(), TestPool::new(blocks), Supervisor::new());
         let destination = Arc::new(TestBlocks(Arc::clone(&pool)));
-        let started =
-            Endpoint::start(options, identity, view.clone(), destination, Clock::new(), supervisor.clone()).await;
-        Self { endpoint: started.unwrap(), pool, view, supervisor, blocks }
+        let started = Endpoint::start(
+            options,
+            identity,
+            view.clone(),
+            destination,
+            Clock::new(),
+            supervisor.clone(),
+        )
+        .await;
+        Self {
+            endpoint: started.unwrap(),
+            pool,
+            view,
+            supervisor,
+            blocks,
+        }
     }
 
     pub fn expect(&self, ticket: Ticket, tokens: usize) -> Incoming {
@@ -266,7 +303,14 @@ impl Node {
 
     pub fn expect_with(&self, ticket: Ticket, tokens: usize, hashes: Vec<BlockHash>, deadline: Duration) -> Incoming {
         let blocks = self.view.geometry().blocks_for(tokens) + 1;
-        let spec = ExpectSpec { ticket, attempt: Attempt::FIRST, hashes, blocks, context_tokens: tokens, deadline };
+        let spec = ExpectSpec {
+            ticket,
+            attempt: Attempt::FIRST,
+            hashes,
+            blocks,
+            context_tokens: tokens,
+            deadline,
+        };
         self.endpoint.expect(spec).unwrap()
     }
 
@@ -276,7 +320,13 @@ impl Node {
 
     pub fn open_attempt(&self, to: &Node, ticket: Ticket, attempt: Attempt, tokens: usize) -> Outgoing {
         let peer = to.endpoint.peer();
-        self.endpoint.open(OutgoingSpec { peer, ticket, attempt, context_tokens: tokens, deadline: PATIENCE })
+        self.endpoint.open(OutgoingSpec {
+            peer,
+            ticket,
+            attempt,
+            context_tokens: tokens,
+            deadline: PATIENCE,
+        })
     }
 
     /// Fills a source block with what only this seed gives.
@@ -299,8 +349,13 @@ impl Node {
         until(&format!("all blocks are free again: {:?}", self.pool), clean).await;
         let idle = || {
             let stats = self.endpoint.stats();
-            (stats.handovers_in, stats.handovers_out, stats.queued_asks, stats.reserved_blocks, stats.quarantined_blocks)
-                == (0, 0, 0, 0, 0)
+            (
+                stats.handovers_in,
+                stats.handovers_out,
+                stats.queued_asks,
+                stats.reserved_blocks,
+                stats.quarantined_blocks,
+            ) == (0, 0, 0, 0, 0)
         };
         until("the endpoint is idle", idle).await;
     }
@@ -322,7 +377,10 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(len).collect()
+    (0..len.div_ceil(8))
+        .flat_map(|_| next().to_le_bytes())
+        .take(len)
+        .collect()
 }
 
 /// Waits for a condition, with a deadline.
@@ -347,7 +405,11 @@ pub fn source(node: &Node, tokens: usize, seed: u64) -> Source {
     for (ordinal, block) in (0u64..).zip(&blocks) {
         node.fill(*block, seed + ordinal);
     }
-    Source { blocks, claim: Arc::new(table), seed }
+    Source {
+        blocks,
+        claim: Arc::new(table),
+        seed,
+    }
 }
 
 impl Source {
@@ -375,7 +437,10 @@ impl Received {
     pub fn check(&self, node: &Node, tokens: usize, seed: u64) {
         let blocks = self.table.blocks();
         for (ordinal, block) in (0u64..).zip(&blocks[..node.view.geometry().blocks_for(tokens)]) {
-            assert!(node.holds(*block, seed + ordinal), "block {ordinal} holds something else");
+            assert!(
+                node.holds(*block, seed + ordinal),
+                "block {ordinal} holds something else"
+            );
         }
     }
 }
@@ -391,13 +456,28 @@ pub async fn committed(incoming: &mut Incoming) -> Received {
 /// Events until the commit or the end of an attempt.
 pub async fn ended(incoming: &mut Incoming) -> Result<Received, (Attempt, TransferError)> {
     loop {
-        let event = tokio::time::timeout(PATIENCE, incoming.next()).await.expect("an event in time");
+        let event = tokio::time::timeout(PATIENCE, incoming.next())
+            .await
+            .expect("an event in time");
         match event {
             IncomingEvent::Granted { .. } | IncomingEvent::FirstBlock => {}
             IncomingEvent::AttemptFailed { attempt, error } => return Err((attempt, error)),
-            IncomingEvent::Committed { attempt, blocks, held_blocks, payload, bytes, .. } => {
+            IncomingEvent::Committed {
+                attempt,
+                blocks,
+                held_blocks,
+                payload,
+                bytes,
+                ..
+            } => {
                 let table = blocks.downcast::<TestTable>().expect("what the pool gave");
-                return Ok(Received { table, held: held_blocks, payload, bytes, attempt });
+                return Ok(Received {
+                    table,
+                    held: held_blocks,
+                    payload,
+                    bytes,
+                    attempt,
+                });
             }
         }
     }
