@@ -54,9 +54,13 @@ impl Child {
             .stderr(Stdio::piped());
         // A group of its own: Ctrl-C reaches this process alone, which ends its children in the right order.
         command.process_group(0).kill_on_drop(true);
-        // Its configuration is its flags; what is meant for this command is not meant for it.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("BATON_")) {
-            command.env_remove(name);
+        // Its configuration is its flags; what is meant for this command is not meant for it. How to get into a guarded
+        // etcd is meant for all, and no flag, so that process listings do not show it.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("BATON_") && !text.starts_with("BATON_ETCD_") {
+                command.env_remove(&name);
+            }
         }
         let mut process = command.spawn().with_context(|| format!("start {}", plan.name))?;
         let pid = process.id().context("the child has a process id")?;

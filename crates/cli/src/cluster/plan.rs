@@ -88,6 +88,7 @@ impl ClusterOptions {
             ("--store", self.store.clone()),
             ("--cluster", self.name.clone()),
             ("--log-filter", self.log_filter.clone()),
+            ("--drain-timeout", DRAIN_TIMEOUT.to_owned()),
         ];
         child("coordinator", &["coordinator", "--exit-with-parent"], &flags)
     }

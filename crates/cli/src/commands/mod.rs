@@ -3,6 +3,7 @@
 mod chat;
 mod coordinator;
 mod demo;
+mod drain;
 mod model;
 mod node;
 mod status;
@@ -41,6 +42,8 @@ enum Command {
     Chat(chat::Chat),
     /// Shows the nodes of a running cluster
     Status(status::Status),
+    /// Asks a node to leave once its requests are done
+    Drain(drain::Drain),
     /// Fetches models
     Model(model::Model),
     /// Runs one node in this process
@@ -60,6 +63,7 @@ impl Baton {
             Command::Up(up) => block_on(up.run()),
             Command::Chat(chat) => block_on(chat.run()),
             Command::Status(status) => block_on(status.run()),
+            Command::Drain(drain) => block_on(drain.run()),
             Command::Model(model) => block_on(model.run()),
             Command::Node(node) => block_on(node.run()),
             Command::Coordinator(coordinator) => block_on(coordinator.run()),
@@ -128,7 +132,7 @@ mod tests {
 
     #[test]
     fn every_command_explains_itself() {
-        for name in ["demo", "up", "chat", "status", "model", "node", "coordinator"] {
+        for name in ["demo", "up", "chat", "status", "drain", "model", "node", "coordinator"] {
             let help = refused(&["baton", name, "--help"]);
             assert!(help.contains("Usage: baton"), "{name}: {help}");
         }

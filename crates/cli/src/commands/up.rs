@@ -21,7 +21,8 @@ pub struct Up {
     /// Compute threads of each node; 0 takes all cores [default: the cores shared out evenly]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]
+    /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]; where that is guarded,
+    /// BATON_ETCD_USER, BATON_ETCD_CA, BATON_ETCD_CERT and BATON_ETCD_KEY reach all processes
     #[arg(long, value_name = "STORE", default_value = "embedded")]
     store: String,
     /// The cluster's name in the store
