@@ -16,11 +16,20 @@ const TOLERANCE_F32: f64 = 0.0005;
 const TOLERANCE_PERPLEXITY: f64 = 0.01;
 
 fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 fn largest_difference(prompt: &Value, row: &[f32]) -> f64 {
-    let pairs = prompt["top"].as_array().unwrap().iter().chain(prompt["fixed"].as_array().unwrap());
+    let pairs = prompt["top"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .chain(prompt["fixed"].as_array().unwrap());
     let differences = pairs.map(|pair| {
         let ours = f64::from(row[pair[0].as_u64().unwrap() as usize]);
         (ours - pair[1].as_f64().unwrap()).abs()
@@ -41,9 +50,15 @@ fn compare(kv_dtype: KvDtype, tolerance: f64) {
         let n = row.len() as f64;
         let mean = row.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
         let square = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / n;
-        assert!((mean - prompt["mean"].as_f64().unwrap()).abs() < tolerance, "{label}: mean {mean}");
+        assert!(
+            (mean - prompt["mean"].as_f64().unwrap()).abs() < tolerance,
+            "{label}: mean {mean}"
+        );
         let expected = prompt["mean_square"].as_f64().unwrap();
-        assert!((square.sqrt() - expected.sqrt()).abs() < tolerance, "{label}: mean square {square}, not {expected}");
+        assert!(
+            (square.sqrt() - expected.sqrt()).abs() < tolerance,
+            "{label}: mean square {square}, not {expected}"
+        );
     }
     println!("largest difference of a logit, KV {kv_dtype:?}: {worst:.6}");
 }
@@ -77,6 +92,13 @@ fn perplexity_is_that_of_the_reference() {
     let loss = losses.iter().sum::<f64>() / losses.len() as f64;
     let reference = golden["text"]["nll"].as_f64().unwrap();
     let ratio = (loss - reference).exp();
-    println!("perplexity {:.4}, reference {:.4}, ratio {ratio:.6}", loss.exp(), reference.exp());
-    assert!((ratio - 1.0).abs() < TOLERANCE_PERPLEXITY, "perplexity is {ratio} times the reference's");
+    println!(
+        "perplexity {:.4}, reference {:.4}, ratio {ratio:.6}",
+        loss.exp(),
+        reference.exp()
+    );
+    assert!(
+        (ratio - 1.0).abs() < TOLERANCE_PERPLEXITY,
+        "perplexity is {ratio} times the reference's"
+    );
 }

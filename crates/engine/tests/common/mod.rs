@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod random_model;
+
 use baton_engine::{Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
 use baton_types::{ArenaView, BlockId, KvDtype};
 use std::path::{Path, PathBuf};
@@ -17,19 +19,22 @@ pub fn real_model() -> PathBuf {
     if let Some(path) = std::env::var_os("BATON_TEST_MODEL") {
         return path.into();
     }
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/models").join(MODEL);
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../../shared/models")
+        .join(MODEL);
     let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = home.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
     let cached = home.unwrap_or_default().join("baton/models").join(MODEL);
-    [beside, cached]
-        .into_iter()
-        .find(|path| path.is_file())
-        .expect("no model to test with: fetch it by `cargo run --release -- model get smollm2`, or set BATON_TEST_MODEL")
+    [beside, cached].into_iter().find(|path| path.is_file()).expect(
+        "no model to test with: fetch it by `cargo run --release -- model get smollm2`, or set BATON_TEST_MODEL",
+    )
 }
 
 /// Golden data of tests/golden.
 pub fn golden(name: &str) -> serde_json::Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden")
+        .join(name);
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
@@ -82,8 +87,17 @@ impl Rig {
         while start < tokens.len() {
             let size = chunks[turn.min(chunks.len() - 1)].min(tokens.len() - start);
             let last = start + size == tokens.len();
-            let wanted = if logits == WantedLogits::Last && !last { WantedLogits::None } else { logits };
-            let slice = Slice { tokens: &tokens[start..start + size], start, blocks: &blocks, logits: wanted };
+            let wanted = if logits == WantedLogits::Last && !last {
+                WantedLogits::None
+            } else {
+                logits
+            };
+            let slice = Slice {
+                tokens: &tokens[start..start + size],
+                start,
+                blocks: &blocks,
+                logits: wanted,
+            };
             let output = self.backend.step(&self.arena, &[slice], &mut Unobserved).unwrap();
             rows.extend((0..output.rows()).map(|i| output.row(i).to_vec()));
             start += size;

@@ -94,11 +94,6 @@ impl Kernels {
         isa.is_available().then_some(Self { isa })
     }
 
-    /// Which path.
-    pub(in crate::backend::cpu) fn isa(self) -> Isa {
-        self.isa
-    }
-
     /// Tokens of a full tile of packed activations.
     pub(in crate::backend::cpu) fn tile(self) -> usize {
         match self.isa {
