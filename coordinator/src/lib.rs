@@ -6,10 +6,16 @@
 pub mod api;
 mod core;
 mod driver;
+mod error;
 mod frontend;
 mod membership;
+mod options;
+mod service;
 
+pub use error::StartError;
 pub use frontend::{
     ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PromptInput,
     Timeline, Usage,
 };
+pub use options::{Options, StoreChoice};
+pub use service::{Service, run};

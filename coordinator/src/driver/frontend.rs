@@ -1,7 +1,7 @@
 //! The front end that serves: lets requests in, checks them, and starts a task for each.
 
 use super::placement::Placer;
-use super::prepare::{Prepared, Timeouts, prepare, tokenize, unknown_model};
+use super::prepare::{Bounds, Prepared, prepare, tokenize, unknown_model};
 use super::registry::{Entry, Registry};
 use super::task::{Job, Shared, code_label, run};
 use crate::membership::{Members, Model};
@@ -12,6 +12,7 @@ use baton_types::{Instance, RequestId};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -41,8 +42,11 @@ struct Inner {
     shared: Arc<Shared>,
     registry: Registry,
     limits: AdmissionLimits,
-    timeouts: Timeouts,
+    timeout_default: Duration,
+    timeout_max: Duration,
     supervisor: Supervisor,
+    /// No request is let in any more.
+    closed: AtomicBool,
     /// Ends the requests that a shutdown would otherwise wait for.
     cancel_all: CancellationToken,
 }
@@ -68,11 +72,10 @@ impl Coordinator {
             }),
             registry: Registry::default(),
             limits,
-            timeouts: Timeouts {
-                default: timeout_default,
-                max: timeout_max,
-            },
+            timeout_default,
+            timeout_max,
             supervisor,
+            closed: AtomicBool::new(false),
             cancel_all: CancellationToken::new(),
         }))
     }
@@ -95,6 +98,11 @@ impl Coordinator {
     /// This process.
     pub(crate) fn instance(&self) -> Instance {
         self.0.shared.instance
+    }
+
+    /// Lets no more requests in.
+    pub(crate) fn close(&self) {
+        self.0.closed.store(true, Ordering::Relaxed);
     }
 
     /// Ends all requests as if their clients had asked.
@@ -151,7 +159,7 @@ impl Coordinator {
 
     fn admit(&self, request_id: RequestId, cancel: CancellationToken) -> Result<Entry, ApiError> {
         let inner = &self.0;
-        if inner.supervisor.shutdown_token().is_cancelled() {
+        if inner.closed.load(Ordering::Relaxed) {
             return Err(ApiError::new(ApiCode::Unavailable, "this coordinator is shutting down"));
         }
         let load = AdmissionLoad {
@@ -173,7 +181,11 @@ impl Coordinator {
     }
 
     async fn prepare(&self, model: &Arc<Model>, input: GenerateInput) -> Result<Prepared, ApiError> {
-        let timeouts = self.0.timeouts;
+        let bounds = Bounds {
+            context_tokens: self.0.shared.members.context_tokens(model),
+            timeout_default: self.0.timeout_default,
+            timeout_max: self.0.timeout_max,
+        };
         let bytes = match &input.prompt {
             PromptInput::Text(text) => text.len(),
             PromptInput::Tokens(_) => 0,
@@ -183,7 +195,7 @@ impl Coordinator {
             let model = Arc::clone(model);
             move || {
                 let prompt = tokenize(&model, &input.prompt)?;
-                prepare(&model, input, prompt, timeouts)
+                prepare(&model, input, prompt, bounds)
             }
         };
         if bytes <= INLINE_TEXT_BYTES {

@@ -19,9 +19,11 @@ pub(super) struct Prepared {
 
 /// Bounds on what clients may ask for.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Timeouts {
-    pub(super) default: Duration,
-    pub(super) max: Duration,
+pub(super) struct Bounds {
+    /// Prompt and answer together.
+    pub(super) context_tokens: u32,
+    pub(super) timeout_default: Duration,
+    pub(super) timeout_max: Duration,
 }
 
 /// Checks everything and fills in defaults. `prompt` is `input.prompt` tokenized.
@@ -29,10 +31,10 @@ pub(super) fn prepare(
     model: &Model,
     input: GenerateInput,
     prompt: Vec<u32>,
-    timeouts: Timeouts,
+    bounds: Bounds,
 ) -> Result<Prepared, ApiError> {
     let field = prompt_field(&input.prompt);
-    let (name, context) = (&model.card.name, model.card.context_tokens as usize);
+    let (name, context) = (&model.card.name, bounds.context_tokens as usize);
     if prompt.is_empty() {
         return Err(ApiError::invalid(
             field,
@@ -70,9 +72,12 @@ pub(super) fn prepare(
         return Err(ApiError::invalid("logit_bias", message));
     }
     check_stops(&input.stop)?;
-    let timeout = input.timeout.unwrap_or(timeouts.default);
-    if timeout.is_zero() || timeout > timeouts.max {
-        let message = format!("timeout_ms must be above 0 and at most {}", timeouts.max.as_millis());
+    let timeout = input.timeout.unwrap_or(bounds.timeout_default);
+    if timeout.is_zero() || timeout > bounds.timeout_max {
+        let message = format!(
+            "timeout_ms must be above 0 and at most {}",
+            bounds.timeout_max.as_millis()
+        );
         return Err(ApiError::invalid("timeout_ms", message));
     }
     Ok(Prepared {

@@ -227,6 +227,9 @@ impl Members {
                 state.members.remove(&node.id);
                 return;
             }
+            if member.record.state == NodeState::Starting {
+                return;
+            }
             let beat = match std::mem::replace(&mut member.heart, Heart::Connecting) {
                 Heart::Beating { beat, .. } => {
                     tracing::warn!(node_id = %node.id, error, "node lost");
@@ -292,6 +295,12 @@ impl Members {
         self.lock().models.get(name)?.model.clone()
     }
 
+    /// The longest context that the model's nodes have room for now: its own, or less where their arenas are small.
+    pub(crate) fn context_tokens(&self, model: &Model) -> u32 {
+        let room = self.lock().context_tokens(&model.card.name, self.clock.now());
+        room.unwrap_or(u32::MAX).min(model.card.context_tokens)
+    }
+
     /// Models for which a request would be taken now, by name.
     pub(crate) fn served(&self) -> Vec<ModelInfo> {
         let now = self.clock.now();
@@ -332,7 +341,7 @@ impl Members {
             fingerprint: member.record.fingerprint,
             channel: member.channel.clone(),
         };
-        let fits = member.refused.is_none();
+        let fits = member.refused.is_none() && member.names_a_model();
         (fits && state.models.get(&wanted.model)?.model.is_none()).then_some(wanted)
     }
 
@@ -358,6 +367,13 @@ impl Members {
 }
 
 impl State {
+    /// The longest context that a decode node which takes work has room for; `None` where there is no such node.
+    fn context_tokens(&self, model: &str, now: Moment) -> Option<u32> {
+        let members = self.members.values().filter(|member| member.record.model == model);
+        let decode = members.filter(|member| member.record.role == NodeRole::Decode && member.is_usable(now));
+        decode.map(|member| member.record.context_tokens).max()
+    }
+
     fn member_mut(&mut self, node: &Node) -> Option<&mut Member> {
         self.members
             .get_mut(&node.id)
@@ -413,7 +429,11 @@ impl State {
 
     /// Decides anew what each model is and who fits it.
     fn regroup(&mut self) {
-        let mut eldest: Vec<&Member> = self.members.values().filter(|member| !member.is_lost()).collect();
+        let mut eldest: Vec<&Member> = self
+            .members
+            .values()
+            .filter(|member| !member.is_lost() && member.names_a_model())
+            .collect();
         eldest.sort_by_key(|member| member.arrival);
         for member in &eldest {
             let same_kind = |entry: &ModelEntry| {
@@ -433,7 +453,7 @@ impl State {
                 );
             }
         }
-        for member in self.members.values_mut() {
+        for member in self.members.values_mut().filter(|member| member.names_a_model()) {
             let verdict = self
                 .models
                 .get(&member.record.model)
@@ -466,6 +486,11 @@ impl ModelEntry {
 impl Member {
     fn is_lost(&self) -> bool {
         matches!(self.heart, Heart::Lost { .. })
+    }
+
+    /// A node that is still loading has registered its name only.
+    fn names_a_model(&self) -> bool {
+        self.record.state != NodeState::Starting && !self.record.model.is_empty()
     }
 
     fn is_usable(&self, now: Moment) -> bool {

@@ -1,0 +1,103 @@
+//! `baton.v1.Admin`: what the cluster looks like from here, and draining of a node.
+
+use super::convert::status;
+use crate::driver::Coordinator;
+use crate::membership::MemberStatus;
+use crate::{ApiCode, ApiError};
+use baton_cluster_state::Store;
+use baton_node_runtime::{Supervisor, process};
+use baton_proto::v1;
+use baton_proto::v1::admin_server::Admin;
+use baton_proto::v1::node_client::NodeClient;
+use std::time::Duration;
+use tonic::{Request, Response, Status};
+
+/// A node's last errors that are shown.
+const ERRORS_MAX: usize = 8;
+
+/// The service.
+pub(super) struct AdminService {
+    pub(super) coordinator: Coordinator,
+    pub(super) store: Store,
+    /// As operators know it.
+    pub(super) store_name: String,
+    pub(super) supervisor: Supervisor,
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn cluster_status(
+        &self,
+        _: Request<v1::ClusterStatusRequest>,
+    ) -> Result<Response<v1::ClusterStatusResponse>, Status> {
+        let (requests, queued) = (self.coordinator.requests(), self.coordinator.queued());
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::ClusterStatusResponse {
+            nodes: self
+                .coordinator
+                .members()
+                .status()
+                .into_iter()
+                .map(node_status)
+                .collect(),
+            running_requests: requests.saturating_sub(queued),
+            queued_requests: queued,
+            store: self.store_name.clone(),
+            store_reachable: self.store.reachable(),
+            coordinator_instance: self.coordinator.instance().to_string(),
+            process: Some(v1::ProcessStatus {
+                pid: process::pid(),
+                open_files: count(process::open_files()),
+                tasks: count(self.supervisor.tasks()),
+                resident_bytes: process::resident_bytes(),
+            }),
+        }))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let request = request.into_inner();
+        let nodes = self.coordinator.members().status();
+        let Some(node) = nodes
+            .iter()
+            .find(|node| node.record.node_id.as_str() == request.node_id)
+        else {
+            let names: Vec<&str> = nodes.iter().map(|node| node.record.node_id.as_str()).collect();
+            let message = format!(
+                "node_id: no node `{}`; there are: {}",
+                request.node_id,
+                names.join(", ")
+            );
+            return Err(status(ApiError {
+                field: Some("node_id".into()),
+                ..ApiError::new(ApiCode::NotFound, message)
+            }));
+        };
+        NodeClient::new(node.channel.clone()).drain(request).await
+    }
+}
+
+fn node_status(member: MemberStatus) -> v1::NodeStatus {
+    let record = member.record;
+    let age = |age: Duration| u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+    let mut load = member.load;
+    if !member.faults.is_empty() {
+        let seen = member.faults.into_iter().map(|(since, message)| v1::NodeError {
+            age_ms: age(since),
+            message,
+        });
+        let errors = &mut load.get_or_insert_default().last_errors;
+        errors.splice(..0, seen);
+        errors.truncate(ERRORS_MAX);
+    }
+    v1::NodeStatus {
+        node_id: record.node_id.to_string(),
+        instance: record.instance.to_string(),
+        role: v1::NodeRole::from(record.role).into(),
+        state: member.state.to_owned(),
+        model: record.model,
+        stub: record.stub,
+        grpc_address: record.grpc_address,
+        load,
+        heartbeat_age_ms: member.heartbeat_age.map(age).unwrap_or_default(),
+    }
+}
