@@ -8,6 +8,7 @@ use crate::tokens::finished;
 use baton_engine::BlockTable;
 use baton_kv_transfer::{ExpectSpec, Incoming, IncomingEvent};
 use baton_node_host::engine::{Beginning, Control, SequenceError, SequenceEvent, SequenceSpec, Until};
+use baton_node_host::work::HandoverEnd;
 use baton_node_host::{CancelOnDrop, EventStream, FirstTokenPayload, Host, Outcome, work};
 use baton_node_runtime::Moment;
 use baton_proto::convert;
@@ -20,6 +21,9 @@ use tonic::Status;
 
 /// How long a coordinator may take to open a stream that it made.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a failed attempt is kept to oneself: its prefill node tells the coordinator why it gave up (it may have finished
+/// the request), and that word should come first.
+const FAILURE_GRACE: Duration = Duration::from_millis(500);
 /// Events of a sequence beside its tokens.
 const EVENTS_BESIDE_TOKENS: usize = 64;
 
@@ -268,10 +272,16 @@ impl DecodeRequest {
 
     /// Waits until one attempt's hand-over is committed. A failed attempt is told, and the next one waited for.
     async fn wait_for_commit(&mut self, mut incoming: Incoming) -> Result<Handed, End> {
+        let clock = self.host.clock();
+        let mut failure: Option<(Moment, v1::WorkFailed)> = None;
         loop {
+            let due = failure.as_ref().map_or(self.deadline, |(due, _)| *due);
             tokio::select! {
                 wish = self.commands.next() => match wish {
-                    Wish::Supersede(attempt) => incoming.supersede(attempt),
+                    Wish::Supersede(attempt) => {
+                        failure = None;
+                        incoming.supersede(attempt);
+                    }
                     Wish::Cancel => return Err(End::Cancelled),
                     Wish::Gone => return Err(End::Gone),
                     Wish::Nonsense(status) => return Err(End::Status(status)),
@@ -282,13 +292,19 @@ impl DecodeRequest {
                         let request_id = self.work.request_id;
                         tracing::info!(%request_id, attempt = attempt.0, %error, "hand-over failed");
                         self.host.note_error(&error);
-                        self.tell(Event::Failed(work::transfer_failed(&error))).await?;
+                        let told = work::transfer_failed(&error, HandoverEnd::Receiver);
+                        failure = Some((clock.now() + FAILURE_GRACE, told));
                     }
                     IncomingEvent::Committed { attempt, blocks, held_blocks, payload, bytes, .. } => {
                         let table = table(blocks)?;
                         let first = FirstTokenPayload::decode(&payload)
                             .ok_or(End::BadHandover("its last word is no first token"))?;
                         return Ok(Handed { attempt, table, held_blocks, first, bytes, incoming });
+                    }
+                },
+                () = clock.sleep_until(due), if failure.is_some() => {
+                    if let Some((_, told)) = failure.take() {
+                        self.tell(Event::Failed(told)).await?;
                     }
                 }
             }

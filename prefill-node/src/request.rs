@@ -7,6 +7,7 @@ use crate::handover::Pushed;
 use baton_engine::BlockTable;
 use baton_kv_transfer::{Outgoing, OutgoingSpec, Peer, TransferError};
 use baton_node_host::engine::{Control, Drawn, PrefillDone, SequenceError, SequenceEvent};
+use baton_node_host::work::HandoverEnd;
 use baton_node_host::{FirstTokenPayload, Host, Outcome, work};
 use baton_node_runtime::Moment;
 use baton_proto::v1::{self, prefill_event::Event};
@@ -92,7 +93,10 @@ impl PrefillRequest {
             }
             Err(End::Transfer(error)) => {
                 host.note_error(&error);
-                (Outcome::Failed, Some(work::transfer_failed(&error)))
+                (
+                    Outcome::Failed,
+                    Some(work::transfer_failed(&error, HandoverEnd::Sender)),
+                )
             }
         };
         outcome.count(role);

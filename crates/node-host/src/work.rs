@@ -188,8 +188,17 @@ pub fn expect_status(error: &ExpectError) -> Status {
     }
 }
 
+/// Which end of a hand-over tells of its failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandoverEnd {
+    /// The prefill node.
+    Sender,
+    /// The decode node.
+    Receiver,
+}
+
 /// A failed hand-over as an event.
-pub fn transfer_failed(error: &TransferError) -> v1::WorkFailed {
+pub fn transfer_failed(error: &TransferError, told_by: HandoverEnd) -> v1::WorkFailed {
     let code = match error {
         TransferError::Deadline => Code::DeadlineExceeded,
         TransferError::NoRoom { .. } | TransferError::TooMany { .. } => Code::ResourceExhausted,
@@ -204,7 +213,13 @@ pub fn transfer_failed(error: &TransferError) -> v1::WorkFailed {
         | TransferError::Protocol { .. }
         | TransferError::ShuttingDown => Code::Unavailable,
     };
-    failed(code, error.to_string(), error.is_retryable(), error.peer_at_fault())
+    // Whose want of room, and who gave up, depends on the end that one looks from.
+    let peer_at_fault = match error {
+        TransferError::NoRoom { .. } | TransferError::UnknownTicket => told_by == HandoverEnd::Sender,
+        TransferError::Aborted { .. } => told_by == HandoverEnd::Receiver,
+        other => other.peer_at_fault(),
+    };
+    failed(code, error.to_string(), error.is_retryable(), peer_at_fault)
 }
 
 /// A sequence that ended early, as an event.
