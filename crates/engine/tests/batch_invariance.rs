@@ -1,0 +1,209 @@
+//! Bit-identity: a token's logits do not depend on chunking, batch, block placement, block size or threads, on any path.
+
+mod common;
+
+use baton_engine::{Isa, Slice, StepObserver, Unobserved, WantedLogits};
+use baton_types::{BlockId, KvDtype};
+use common::{Rig, assert_bits, golden, options, random_model, real_model};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+fn paths() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+fn tokens(seed: u32, len: usize, vocab: u32) -> Vec<u32> {
+    (0..len as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(40_503)) >> 7) % vocab)
+        .collect()
+}
+
+/// Eight sequences of mixed lengths, advancing together with chunks of different sizes (prefill beside decode).
+fn run_together(rig: &mut Rig, sequences: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
+    let tables: Vec<Vec<BlockId>> = sequences.iter().map(|tokens| rig.blocks(tokens.len())).collect();
+    let mut done = vec![0; sequences.len()];
+    let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); sequences.len()];
+    for round in 0.. {
+        let mut who = Vec::new();
+        let mut slices = Vec::new();
+        for (i, tokens) in sequences.iter().enumerate() {
+            // Every sequence has its own rhythm: single tokens, small and large chunks.
+            let size = [1, 3, 16, 29, 64, 2, 1, 200][(i + round) % 8].min(tokens.len() - done[i]);
+            if size > 0 {
+                let part = &tokens[done[i]..done[i] + size];
+                slices.push(Slice {
+                    tokens: part,
+                    start: done[i],
+                    blocks: &tables[i],
+                    logits: WantedLogits::All,
+                });
+                who.push((i, size));
+            }
+        }
+        if slices.is_empty() {
+            break;
+        }
+        let output = rig.backend.step(&rig.arena, &slices, &mut Unobserved).unwrap();
+        let mut row = 0;
+        for (i, size) in who {
+            rows[i].extend((row..row + size).map(|r| output.row(r).to_vec()));
+            row += size;
+            done[i] += size;
+        }
+    }
+    tables.into_iter().for_each(|table| rig.give_back(table));
+    rows
+}
+
+fn check_small(folder: &Path, vocab: u32, dtype: KvDtype, isa: Isa) {
+    let sequences: Vec<Vec<u32>> = [200, 1, 17, 64, 33, 150, 5, 97]
+        .iter()
+        .zip(0..)
+        .map(|(len, seed)| tokens(seed, *len, vocab))
+        .collect();
+    let mut alone: Vec<Vec<Vec<f32>>> = Vec::new();
+    for (threads, block_tokens) in [(1, 16), (2, 16), (3, 8), (2, 5)] {
+        let mut rig = Rig::with_block_tokens(folder, &options(threads, dtype, Some(isa)), 1_200, block_tokens);
+        let what = |kind: &str| format!("{isa} {dtype:?}, {threads} threads, blocks of {block_tokens}: {kind}");
+        let whole: Vec<_> = sequences
+            .iter()
+            .map(|tokens| rig.run(tokens, &[512], WantedLogits::All))
+            .collect();
+        if alone.is_empty() {
+            alone = whole;
+        } else {
+            for (ours, first) in whole.iter().zip(&alone) {
+                assert_bits(&what("whole"), ours, first);
+            }
+        }
+        for chunks in [&[1][..], &[16], &[64], &[7, 1, 30, 13], &[199, 1], &[33]] {
+            let rows = rig.run(&sequences[0], chunks, WantedLogits::All);
+            assert_bits(&what(&format!("chunks of {chunks:?}")), &rows, &alone[0]);
+        }
+        for (ours, first) in run_together(&mut rig, &sequences).iter().zip(&alone) {
+            assert_bits(&what("in a batch of eight"), ours, first);
+        }
+    }
+}
+
+#[test]
+fn small_models_on_every_path() {
+    for model in golden("engine_random.json").as_array().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        random_model::write(folder.path(), model);
+        let vocab = model["config"]["vocab_size"].as_u64().unwrap() as u32;
+        for isa in paths() {
+            check_small(folder.path(), vocab, KvDtype::F16, isa);
+        }
+        check_small(folder.path(), vocab, KvDtype::Bf16, Isa::best());
+        check_small(folder.path(), vocab, KvDtype::F32, Isa::best());
+    }
+}
+
+#[test]
+fn the_real_model() {
+    let prompt = tokens(1, 150, 49_152);
+    let others: Vec<Vec<u32>> = (2..9).map(|seed| tokens(seed, 9 * seed as usize, 49_152)).collect();
+    for isa in paths() {
+        if isa == Isa::Portable {
+            continue; // Slow; the small models run it.
+        }
+        let mut rig = Rig::new(&real_model(), &options(2, KvDtype::F16, Some(isa)), 1_024);
+        let first = rig.run(&prompt, &[512], WantedLogits::All);
+        for chunks in [&[16][..], &[64], &[140, 1]] {
+            assert_bits(
+                &format!("{isa}: {chunks:?}"),
+                &rig.run(&prompt, chunks, WantedLogits::All),
+                &first,
+            );
+        }
+        let mut together = vec![prompt.clone()];
+        together.extend(others.clone());
+        assert_bits(
+            &format!("{isa}: in a batch of eight"),
+            &run_together(&mut rig, &together)[0],
+            &first,
+        );
+        let mut single = Rig::new(&real_model(), &options(1, KvDtype::F16, Some(isa)), 256);
+        assert_bits(
+            &format!("{isa}: one thread"),
+            &single.run(&prompt, &[150], WantedLogits::Last),
+            &first[149..],
+        );
+    }
+}
+
+/// Breaks after some layer, and counts.
+struct StopAfter(u32, Vec<u32>);
+
+impl StepObserver for StopAfter {
+    fn layer_done(&mut self, layer: u32) -> ControlFlow<()> {
+        self.1.push(layer);
+        if layer == self.0 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+#[test]
+fn an_aborted_step_can_be_done_again() {
+    let models = golden("engine_random.json");
+    let folder = tempfile::tempdir().unwrap();
+    random_model::write(folder.path(), &models[3]);
+    let mut rig = Rig::new(folder.path(), &options(2, KvDtype::F16, None), 256);
+    let prompt = tokens(5, 40, 256);
+    let first = rig.run(&prompt, &[40], WantedLogits::All);
+    let blocks = rig.blocks(40);
+    let slice = Slice {
+        tokens: &prompt,
+        start: 0,
+        blocks: &blocks,
+        logits: WantedLogits::All,
+    };
+    let mut stop = StopAfter(1, Vec::new());
+    let error = rig.backend.step(&rig.arena, &[slice], &mut stop).unwrap_err();
+    assert_eq!(error, baton_engine::StepError::Aborted { layer: 1 });
+    assert!(error.is_retryable());
+    assert_eq!(stop.1, [0, 1]);
+    let mut watch = StopAfter(u32::MAX, Vec::new());
+    let output = rig.backend.step(&rig.arena, &[slice], &mut watch).unwrap();
+    assert_eq!(watch.1, [0, 1, 2]);
+    let again: Vec<Vec<f32>> = (0..output.rows()).map(|i| output.row(i).to_vec()).collect();
+    assert_bits("after an abort", &again, &first);
+}
+
+#[test]
+fn logits_come_for_the_wanted_tokens_only() {
+    let models = golden("engine_random.json");
+    let folder = tempfile::tempdir().unwrap();
+    random_model::write(folder.path(), &models[0]);
+    let mut rig = Rig::new(folder.path(), &options(2, KvDtype::F16, None), 256);
+    let prompt = tokens(6, 20, 256);
+    let all = rig.run(&prompt, &[20], WantedLogits::All);
+    let tables = [rig.blocks(20), rig.blocks(20), rig.blocks(20)];
+    let slice = |table: usize, logits| Slice {
+        tokens: &prompt,
+        start: 0,
+        blocks: &tables[table],
+        logits,
+    };
+    let batch = [
+        slice(0, WantedLogits::Last),
+        slice(1, WantedLogits::None),
+        slice(2, WantedLogits::Last),
+    ];
+    let output = rig.backend.step(&rig.arena, &batch, &mut Unobserved).unwrap();
+    assert_eq!(output.rows(), 2);
+    assert_bits(
+        "last",
+        &[output.row(0).to_vec(), output.row(1).to_vec()],
+        &[all[19].clone(), all[19].clone()],
+    );
+    let none = rig
+        .backend
+        .step(&rig.arena, &[slice(1, WantedLogits::None)], &mut Unobserved)
+        .unwrap();
+    assert_eq!(none.rows(), 0);
+}
