@@ -173,9 +173,16 @@ fn a_cluster_serves_and_ends_with_its_processes() {
     up.signal(rustix::process::Signal::TERM);
     assert_eq!(up.ended(), Some(0));
     all_gone(&pids);
-    let nobody = baton(folder.path()).arg("status").output().unwrap();
+    let address = up.ready["grpc"].as_str().unwrap();
+    let nobody = baton(folder.path())
+        .args(["status", "--endpoint", address])
+        .output()
+        .unwrap();
     let said = text(&nobody.stderr);
-    assert!(!nobody.status.success() && said.contains("baton up"), "{said}");
+    assert!(
+        !nobody.status.success() && said.contains("baton up") && said.contains(address),
+        "{said}"
+    );
 }
 
 #[test]

@@ -115,7 +115,6 @@ mod tests {
             "nonsense",
             "",
             "a/",
-            "/",
             "a/b c",
             "models/x.gguf",
             "a/../b",
