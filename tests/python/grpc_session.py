@@ -12,7 +12,7 @@ import tempfile
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_tools import protoc
 
 from session import check, equal, refused, run
@@ -189,7 +189,12 @@ def health():
 
 
 def reflects():
-    services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    # grpcio knows only v1alpha by name; v1 has the same messages.
+    ask = channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+                                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString)
+    answer = next(ask(iter([reflection_pb2.ServerReflectionRequest(list_services="*")]), timeout=TIMEOUT))
+    services = [service.name for service in answer.list_services_response.service]
     check("baton.v1.Inference" in services, "baton.v1.Inference is not among", services)
 
 
