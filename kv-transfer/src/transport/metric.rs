@@ -2,7 +2,42 @@
 
 use super::Reject;
 use crate::PathKind;
-use metrics::{counter, gauge};
+use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
+
+/// Gives the metrics their help texts. Saying it again changes nothing.
+pub(super) fn describe() {
+    describe_counter!(
+        "baton_transport_sent_bytes_total",
+        Unit::Bytes,
+        "Payload bytes handed to the wire"
+    );
+    describe_counter!("baton_transport_sent_extents_total", "Extents handed to the wire");
+    describe_counter!(
+        "baton_transport_landed_bytes_total",
+        Unit::Bytes,
+        "Payload bytes that arrived whole and were counted"
+    );
+    describe_counter!(
+        "baton_transport_landed_extents_total",
+        "Extents that arrived whole and were counted"
+    );
+    describe_counter!(
+        "baton_transport_rejected_extents_total",
+        "Extents that the receiver discarded, by reason"
+    );
+    describe_counter!(
+        "baton_transport_corrupt_extents_total",
+        "Extents whose checksum was wrong on arrival"
+    );
+    describe_counter!(
+        "baton_transport_malformed_frames_total",
+        "Connections ended because a peer broke the wire format"
+    );
+    describe_gauge!(
+        "baton_transport_writer_connections",
+        "Data connections that writers hold to this process"
+    );
+}
 
 /// Bytes and extents handed to the wire.
 pub(super) fn sent(path: PathKind, extents: usize, bytes: usize) {

@@ -44,6 +44,7 @@ pub(super) struct Writers {
 
 impl Writers {
     pub(super) fn new(path: PathKind, landing: Arc<dyn Landing>) -> Arc<Self> {
+        metric::describe();
         Arc::new(Self {
             path,
             landing,
