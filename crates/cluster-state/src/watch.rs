@@ -22,6 +22,8 @@ const PAGE_RECORDS: i64 = 1000;
 const EVENTS_WAITING: usize = 256;
 /// The longest pause between attempts while the store does not answer.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// What doubted members have beyond a lease: the time of one unanswered call, which a store that starts may cost.
+const DOUBT_GRACE: Duration = Duration::from_secs(2);
 /// How long a store may take to confirm a watch.
 const CREATED_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -187,7 +189,7 @@ impl Watcher {
     }
 
     fn doubt_ends(&self) -> Moment {
-        self.store.clock().now() + self.store.options().lease_ttl
+        self.store.clock().now() + self.store.options().lease_ttl + DOUBT_GRACE
     }
 
     async fn emit(&self, event: MembershipEvent) -> Result<(), Ended> {
