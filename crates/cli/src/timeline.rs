@@ -2,7 +2,7 @@
 
 use baton_node_runtime::{format_bytes, format_duration};
 use baton_proto::v1::{FinishReason, Timeline, Usage};
-use serde_json::json;
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
@@ -23,30 +23,57 @@ pub struct Answer {
     pub timeline: Timeline,
 }
 
+/// The JSON form, its fields in this order.
+#[derive(Serialize)]
+struct Line<'a> {
+    text: &'a str,
+    completion_tokens: u32,
+    finish_reason: &'static str,
+    prefill_node: &'a str,
+    decode_node: &'a str,
+    pids: &'a BTreeMap<String, u32>,
+    timeline: TimelineLine<'a>,
+}
+
+#[derive(Serialize)]
+struct TimelineLine<'a> {
+    queue_ms: f64,
+    prefill_ms: f64,
+    prefill_tokens: u32,
+    cached_tokens: u32,
+    handover_bytes: u64,
+    handover_path: &'a str,
+    exposed_ms: f64,
+    ttft_ms: f64,
+    decode_ms_per_token: f64,
+}
+
 /// One line of JSON; times in milliseconds.
-pub fn json(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
+///
+/// # Errors
+/// Never for an answer that came over the wire.
+pub fn json(answer: &Answer, pids: &BTreeMap<String, u32>) -> serde_json::Result<String> {
     let timeline = &answer.timeline;
     let ms = |us: u64| us as f64 / 1000.0;
-    json!({
-        "text": answer.text,
-        "completion_tokens": answer.usage.completion_tokens,
-        "finish_reason": finish_reason(answer.finish_reason),
-        "prefill_node": timeline.prefill_node,
-        "decode_node": timeline.decode_node,
-        "pids": pids,
-        "timeline": {
-            "queue_ms": ms(timeline.queue_us),
-            "prefill_ms": ms(timeline.prefill_us),
-            "prefill_tokens": timeline.prefill_tokens,
-            "cached_tokens": timeline.cached_tokens,
-            "handover_bytes": timeline.handover_bytes,
-            "handover_path": timeline.handover_path,
-            "exposed_ms": ms(timeline.exposed_us),
-            "ttft_ms": ms(timeline.ttft_us),
-            "decode_ms_per_token": ms(timeline.decode_us_per_token),
+    serde_json::to_string(&Line {
+        text: &answer.text,
+        completion_tokens: answer.usage.completion_tokens,
+        finish_reason: finish_reason(answer.finish_reason),
+        prefill_node: &timeline.prefill_node,
+        decode_node: &timeline.decode_node,
+        pids,
+        timeline: TimelineLine {
+            queue_ms: ms(timeline.queue_us),
+            prefill_ms: ms(timeline.prefill_us),
+            prefill_tokens: timeline.prefill_tokens,
+            cached_tokens: timeline.cached_tokens,
+            handover_bytes: timeline.handover_bytes,
+            handover_path: &timeline.handover_path,
+            exposed_ms: ms(timeline.exposed_us),
+            ttft_ms: ms(timeline.ttft_us),
+            decode_ms_per_token: ms(timeline.decode_us_per_token),
         },
     })
-    .to_string()
 }
 
 /// A few lines, phases in order, bars to one scale.
@@ -72,7 +99,7 @@ pub fn picture(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
             width = BAR as usize
         );
     };
-    row("queue", timeline.queue_us, "until the first chunk's compute".to_owned());
+    row("queue", timeline.queue_us, "wait before compute began".to_owned());
     let cached = match timeline.cached_tokens {
         0 => String::new(),
         cached => format!(" (and {cached} from its cache)"),
@@ -198,7 +225,11 @@ mod tests {
 
     #[test]
     fn json_is_one_line_in_milliseconds() {
-        let line = json(&answer(), &BTreeMap::from([("coordinator".to_owned(), 1)]));
+        let line = json(&answer(), &BTreeMap::from([("coordinator".to_owned(), 1)])).unwrap();
+        assert!(
+            line.starts_with(r#"{"text":"Because.","completion_tokens":11"#),
+            "{line}"
+        );
         assert!(!line.contains('\n'));
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["timeline"]["queue_ms"], 0.8);

@@ -70,7 +70,7 @@ impl Demo {
         let answer = result?;
         stopped?;
         let text = if self.json {
-            timeline::json(&answer, &pids)
+            timeline::json(&answer, &pids)?
         } else {
             timeline::picture(&answer, &pids)
         };
