@@ -224,10 +224,10 @@ pub enum StepError {
         /// Which block, and how many there are.
         source: OutOfArena,
     },
-    /// One block at written positions of two slices, or twice in one.
-    #[error("block {block:?} would be written twice in one step, the second time by slice {slice}")]
-    BlockWrittenTwice {
-        /// Which slice came second.
+    /// A block that one slice writes and another one writes or reads.
+    #[error("block {block:?} of slice {slice} is written by another slice of the same step, or stands in it twice")]
+    BlockConflict {
+        /// Which slice.
         slice: usize,
         /// Which block.
         block: BlockId,
@@ -247,7 +247,7 @@ impl StepError {
             | Self::BeyondContext { .. }
             | Self::TooFewBlocks { .. }
             | Self::OutOfArena { .. }
-            | Self::BlockWrittenTwice { .. }
+            | Self::BlockConflict { .. }
             | Self::Geometry(_) => false,
         }
     }

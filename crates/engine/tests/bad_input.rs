@@ -437,9 +437,17 @@ fn impossible_steps_are_refused_before_anything_is_written() {
     let error = refuse(&[slice(&[1], 0, &ids), slice(&[1], 16, &[BlockId(3), BlockId(0)])]);
     assert_eq!(
         error,
-        StepError::BlockWrittenTwice {
+        StepError::BlockConflict {
             slice: 1,
             block: BlockId(0)
+        }
+    );
+    let error = refuse(&[slice(&[1], 16, &ids), slice(&[1], 16, &[BlockId(1), BlockId(3)])]);
+    assert_eq!(
+        error,
+        StepError::BlockConflict {
+            slice: 1,
+            block: BlockId(1)
         }
     );
     let other = rig.backend.config().kv_geometry(16, KvDtype::F32);

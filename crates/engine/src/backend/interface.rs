@@ -25,7 +25,7 @@ pub trait Backend: Send {
     /// One forward pass over all slices; writes their K/V into the arena and gives logits rows in slice order.
     ///
     /// The caller owns every block that a slice names: it may be read by others below `start` only, and be written by
-    /// this call from `start` on. No block may appear at a written position of two slices.
+    /// this call from `start` on. A block that one slice writes may stand in no other slice.
     ///
     /// # Errors
     /// Input that cannot be computed is refused before anything is written; [`StepError::Aborted`] where the observer

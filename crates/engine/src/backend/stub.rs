@@ -282,11 +282,10 @@ impl Stub {
         for token in &self.config.eos_tokens {
             row[*token as usize] = f32::NEG_INFINITY;
         }
-        if self.spec.eos_at > 0 && end >= self.spec.eos_at as usize {
-            if let Some(token) = self.config.eos_tokens.first() {
-                row[*token as usize] = 10.0;
-                return;
-            }
+        let ended = self.spec.eos_at > 0 && end >= self.spec.eos_at as usize;
+        if let Some(token) = self.config.eos_tokens.first().filter(|_| ended) {
+            row[*token as usize] = 10.0;
+            return;
         }
         let choice = |value: u64| {
             let range = if vocab >= PRINTABLE.end { PRINTABLE } else { 0..vocab };

@@ -6,7 +6,8 @@ use super::inbox::{EngineHandle, Inbox};
 use super::observer::Watch;
 use super::sequence::SequenceError;
 use super::slots::Slot;
-use baton_engine::{Backend, BlockPool, Slice, StepError, StepOutput, WantedLogits};
+use crate::blocks::PoolBlocks;
+use baton_engine::{Backend, Slice, StepError, StepOutput, WantedLogits};
 use baton_node_runtime::{Clock, Supervisor, TaskHandle};
 use baton_scheduling::step::{self, Candidate, Part, StepLimits, Waiter};
 use baton_types::{ArenaView, KvGeometry};
@@ -23,7 +24,7 @@ pub struct EngineParts {
     /// Where its KV is.
     pub arena: ArenaView,
     /// Who owns which block of it.
-    pub pool: Arc<BlockPool>,
+    pub blocks: Arc<PoolBlocks>,
     /// Sequences that may wait for blocks.
     pub queue_capacity: usize,
     /// Sequences that may have blocks at once.
@@ -59,6 +60,7 @@ pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -
         waiting: Vec::new(),
         running: Vec::new(),
         arrivals: 0,
+        freed: false,
     };
     let task = supervisor.spawn_blocking("engine", move || runner.run());
     (handle, task)
@@ -76,6 +78,8 @@ struct Runner {
     /// With blocks.
     running: Vec<Slot>,
     arrivals: u64,
+    /// Blocks were given back since hand-overs were last told.
+    freed: bool,
 }
 
 impl Runner {
@@ -102,6 +106,7 @@ impl Runner {
             self.let_in();
             idle = !self.compute();
             self.drop_unwanted();
+            self.tell_room();
             self.show_load();
         }
     }
@@ -113,7 +118,8 @@ impl Runner {
         self.waiting.clear();
         self.running.clear();
         self.show_load();
-        (self.parts.room_changed)();
+        self.freed = true;
+        self.tell_room();
     }
 
     fn drop_unwanted(&mut self) {
@@ -127,7 +133,14 @@ impl Runner {
         });
         let before = self.running.len();
         self.running.retain(|slot| !slot.is_unwanted());
-        if self.running.len() < before {
+        self.freed |= self.running.len() < before;
+    }
+
+    /// Lets hand-overs that ask have what came free, save what is owed to sequences that gave way.
+    fn tell_room(&mut self) {
+        let owed: usize = self.waiting.iter().map(|slot| slot.owed_blocks(&self.geometry)).sum();
+        self.parts.blocks.set_owed(owed);
+        if std::mem::take(&mut self.freed) {
             (self.parts.room_changed)();
         }
     }
@@ -144,7 +157,11 @@ impl Runner {
             let waiters: Vec<Waiter> = self.waiting.iter().map(|slot| slot.waiter(now)).collect();
             let Some(next) = step::next_in(&waiters) else { return };
             let full = self.running.len() >= self.parts.running_max;
-            if !full && self.waiting[next].begin(&self.parts.pool, now, &self.geometry).is_ok() {
+            if !full
+                && self.waiting[next]
+                    .begin(self.parts.blocks.pool(), now, &self.geometry)
+                    .is_ok()
+            {
                 let mut slot = self.waiting.swap_remove(next);
                 if std::mem::take(&mut slot.holds_a_place) {
                     self.inbox.left_the_queue();
@@ -165,7 +182,7 @@ impl Runner {
         slot.give_way();
         metrics::counter!("baton_node_preemptions_total").increment(1);
         self.waiting.push(slot);
-        (self.parts.room_changed)();
+        self.freed = true;
     }
 
     /// Chooses and computes one step; false where there was nothing to compute.
@@ -252,7 +269,7 @@ impl Runner {
             | StepError::BeyondContext { slice, .. }
             | StepError::TooFewBlocks { slice, .. }
             | StepError::OutOfArena { slice, .. }
-            | StepError::BlockWrittenTwice { slice, .. } => parts.get(*slice),
+            | StepError::BlockConflict { slice, .. } => parts.get(*slice),
             StepError::Aborted { .. } | StepError::Geometry(_) => None,
         };
         let failed = named.map_or(parts, std::slice::from_ref);

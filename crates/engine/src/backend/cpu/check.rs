@@ -4,7 +4,7 @@ use crate::backend::Slice;
 use crate::error::StepError;
 use crate::model::ModelConfig;
 use baton_types::{ArenaView, KvDtype};
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 /// Checks arena and batch against the model.
 ///
@@ -19,7 +19,7 @@ pub(super) fn check(
     let geometry = arena.geometry();
     config.kv_geometry(geometry.block_tokens, dtype).check_same(geometry)?;
     let block_tokens = geometry.block_tokens as usize;
-    let mut written = HashSet::new();
+    let mut written = HashMap::new();
     for (index, slice) in batch.iter().enumerate() {
         if slice.tokens.is_empty() {
             return Err(StepError::EmptySlice { slice: index });
@@ -55,12 +55,21 @@ pub(super) fn check(
             whole.map_err(|source| StepError::OutOfArena { slice: index, source })?;
         }
         for block in &used[slice.start / block_tokens..] {
-            if !written.insert(*block) {
-                return Err(StepError::BlockWrittenTwice {
+            if written.insert(*block, index).is_some() {
+                return Err(StepError::BlockConflict {
                     slice: index,
                     block: *block,
                 });
             }
+        }
+    }
+    for (index, slice) in batch.iter().enumerate() {
+        let read = &slice.blocks[..slice.start / block_tokens];
+        if let Some(block) = read.iter().find(|block| written.contains_key(block)) {
+            return Err(StepError::BlockConflict {
+                slice: index,
+                block: *block,
+            });
         }
     }
     Ok(())

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Spins before a thread sleeps, some tens of microseconds in all.
-const SPINS: u32 = 2_000;
+/// Spins before a thread sleeps or yields, some ten microseconds in all.
+const SPINS: u32 = 600;
 
 /// `state`: the number of the job, whether it may be joined, and how many threads are inside.
 const OPEN: u64 = 1 << 16;

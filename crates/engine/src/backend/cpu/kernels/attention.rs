@@ -120,10 +120,13 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
     let end = unit.start + unit.tokens;
     for context in (0..end).step_by(LANES) {
         let positions = LANES.min(end - context);
-        // SAFETY: `room`'s parts have the lengths that the loads and the tile product need; the caller's promise.
+        // SAFETY: `room`'s parts have the lengths that the loads and the turning need; the caller's promise.
         unsafe {
+            prefetch::<S>(&unit.kv, context + LANES, end, unit.head_dim);
             load::<S>(&unit.kv, KvPart::Key, context, positions, unit.head_dim, dim, room.rows);
-            turn(room.rows, room.keys, dim);
+            for d in (0..dim).step_by(LANES) {
+                S::turn(room.rows.as_ptr().add(d), dim, room.keys.as_mut_ptr().add(d * LANES));
+            }
             load::<S>(
                 &unit.kv,
                 KvPart::Value,
@@ -246,12 +249,18 @@ unsafe fn convert<S: Simd>(from: *const u8, dtype: KvDtype, head_dim: usize, to:
     }
 }
 
-/// `(LANES, dim)` to `(dim, LANES)`.
+/// Asks for the keys and values of the next context tile: blocks lie far apart, so the machine does not foresee them.
 #[inline(always)]
-fn turn(rows: &[f32], out: &mut [f32], dim: usize) {
-    for (d, out) in out.chunks_exact_mut(LANES).enumerate() {
-        for (t, out) in out.iter_mut().enumerate() {
-            *out = rows[t * dim + d];
+unsafe fn prefetch<S: Simd>(kv: &KvHead<'_>, context: usize, end: usize, head_dim: usize) {
+    if context >= end {
+        return;
+    }
+    for part in [KvPart::Key, KvPart::Value] {
+        let (from, run) = kv.rows(part, context);
+        let bytes = run.min(LANES).min(end - context) * head_dim * kv.dtype().bytes();
+        for at in (0..bytes).step_by(64) {
+            // SAFETY: the instructions exist by the caller's promise; the address is inside the arena.
+            unsafe { S::prefetch(from.as_ptr().add(at)) };
         }
     }
 }
