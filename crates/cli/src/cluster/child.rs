@@ -144,8 +144,8 @@ impl Child {
         self.ended().await;
     }
 
-    /// What it logged last.
-    pub fn tail(&self) -> Vec<String> {
+    /// What it logged last, unless that was shown.
+    pub fn unseen_tail(&self) -> Vec<String> {
         self.tail
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -178,6 +178,7 @@ async fn read_stderr(
         let line = String::from_utf8_lossy(&line).into_owned();
         if let LogSink::Prefixed(prefix) = &sink {
             let _ = writeln!(std::io::stderr().lock(), "{prefix} {line}");
+            continue;
         }
         let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
         if tail.len() == TAIL_LINES {

@@ -11,7 +11,6 @@ use baton_proto::v1::inference_client::InferenceClient;
 use baton_proto::v1::{ClusterStatusRequest, ListModelsRequest, Model};
 use futures::future::{join_all, select_all};
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -168,7 +167,7 @@ async fn ready(child: &mut Child) -> Result<Announcement> {
         Err(_) => bail!(
             "{} does not serve after {START_LIMIT:?}\n{}",
             child.name,
-            indented(&child.tail())
+            indented(&child.unseen_tail())
         ),
     }
 }
@@ -226,17 +225,19 @@ async fn stopped(child: &mut Child) -> Option<String> {
     Some(child.name.clone())
 }
 
-/// Which child ended, how, and what it said last.
+/// Which child ended, how, and what it said last where that was not seen.
 fn report(child: &Child) -> String {
-    let how = child
-        .status()
-        .map_or_else(|| "ended".to_owned(), |status| format!("ended with {status}"));
-    let tail = child.tail();
-    let mut report = format!("{} (pid {}) {how}", child.name, child.pid());
-    if !tail.is_empty() {
-        let _ = write!(report, "; its last words:\n{}", indented(&tail));
+    let name = format!("{} (pid {})", child.name, child.pid());
+    let Some(status) = child.status() else {
+        return format!("{name} ended");
+    };
+    if status.success() {
+        return format!("{name} left in order");
     }
-    report
+    match child.unseen_tail() {
+        tail if tail.is_empty() => format!("{name} ended with {status}; its log is above"),
+        tail => format!("{name} ended with {status}; its last words:\n{}", indented(&tail)),
+    }
 }
 
 fn indented(lines: &[String]) -> String {
