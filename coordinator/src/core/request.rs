@@ -342,6 +342,9 @@ impl Request {
 
     fn decode_failed(&mut self, failure: Failure) {
         let Some(run) = &self.run else { return };
+        if run.finished.is_some() {
+            return; // its stream ends behind its last word, while the prefill node's figures are still waited for
+        }
         let (node, prefill_node) = (run.decode_node.clone(), run.prefill_node.clone());
         let before_commit = !run.committed && !run.alone;
         let blamed = match failure.kind {

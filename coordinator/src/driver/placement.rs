@@ -115,11 +115,12 @@ impl Placer {
                     tracing::debug!(model = request.model, %reason, "request waits for a place");
                 }
                 // A node that failed elsewhere may be left alone just now; it is worth the moment.
-                Err((RefuseReason::NoDecodeNode, _)) if self.members.next_release().is_some() && !request.again => {}
+                Err((RefuseReason::NoDecodeNode, _))
+                    if self.members.next_release(&request.model).is_some() && !request.again => {}
                 Err((reason, retry_after)) => return Err(refusal(reason, retry_after)),
             }
             waited = true;
-            let release = self.members.next_release();
+            let release = self.members.next_release(&request.model);
             tokio::select! {
                 _ = changes.changed() => {}
                 () = async {

@@ -279,46 +279,46 @@ impl Members {
             .collect()
     }
 
-    /// When the next node comes back from being left alone, if any is.
-    pub(crate) fn next_release(&self) -> Option<Moment> {
+    /// When the next decode node of a model comes back from being left alone, if any will.
+    pub(crate) fn next_release(&self, model: &str) -> Option<Moment> {
         let now = self.clock.now();
-        self.lock()
+        let state = self.lock();
+        let decode = state
             .members
             .values()
+            .filter(|m| m.record.model == model && m.record.role == NodeRole::Decode && m.serves());
+        decode
             .filter_map(|m| m.inhibited_until)
             .filter(|until| *until > now)
             .min()
     }
 
-    /// The model, where its card is known. The empty name stands for the only one that there is.
+    /// The model, where its card is known.
     pub(crate) fn model(&self, name: &str) -> Option<Arc<Model>> {
         self.lock().models.get(name)?.model.clone()
     }
 
     /// The longest context that the model's nodes have room for now: its own, or less where their arenas are small.
     pub(crate) fn context_tokens(&self, model: &Model) -> u32 {
-        let room = self.lock().context_tokens(&model.card.name, self.clock.now());
+        let room = self.lock().context_tokens(&model.card.name);
         room.unwrap_or(u32::MAX).min(model.card.context_tokens)
     }
 
     /// Models for which a request would be taken now, by name.
     pub(crate) fn served(&self) -> Vec<ModelInfo> {
-        let now = self.clock.now();
         let state = self.lock();
         let mut served: Vec<ModelInfo> = state
             .models
             .iter()
             .filter_map(|(name, entry)| {
                 let model = entry.model.as_ref()?;
-                let mut nodes = state.members.values().filter(|member| member.record.model == *name);
-                nodes
-                    .any(|member| member.record.role == NodeRole::Decode && member.is_usable(now))
-                    .then(|| ModelInfo {
-                        id: name.clone(),
-                        context_tokens: model.card.context_tokens,
-                        stub: model.card.stub,
-                        created: model.created,
-                    })
+                let context_tokens = state.context_tokens(name)?.min(model.card.context_tokens);
+                Some(ModelInfo {
+                    id: name.clone(),
+                    context_tokens,
+                    stub: model.card.stub,
+                    created: model.created,
+                })
             })
             .collect();
         served.sort_by(|a, b| a.id.cmp(&b.id));
@@ -368,9 +368,9 @@ impl Members {
 
 impl State {
     /// The longest context that a decode node which takes work has room for; `None` where there is no such node.
-    fn context_tokens(&self, model: &str, now: Moment) -> Option<u32> {
+    fn context_tokens(&self, model: &str) -> Option<u32> {
         let members = self.members.values().filter(|member| member.record.model == model);
-        let decode = members.filter(|member| member.record.role == NodeRole::Decode && member.is_usable(now));
+        let decode = members.filter(|member| member.record.role == NodeRole::Decode && member.serves());
         decode.map(|member| member.record.context_tokens).max()
     }
 
@@ -493,16 +493,21 @@ impl Member {
         self.record.state != NodeState::Starting && !self.record.model.is_empty()
     }
 
-    fn is_usable(&self, now: Moment) -> bool {
+    /// It takes work, if maybe not just now.
+    fn serves(&self) -> bool {
         matches!(
             self.heart,
             Heart::Beating {
                 state: NodeState::Ready,
                 ..
             }
-        ) && self.record.state != NodeState::Draining
+        ) && self.record.state == NodeState::Ready
             && self.refused.is_none()
-            && self.inhibited_until.is_none_or(|until| until <= now)
+    }
+
+    /// It takes work now.
+    fn is_usable(&self, now: Moment) -> bool {
+        self.serves() && self.inhibited_until.is_none_or(|until| until <= now)
     }
 
     fn view(&self) -> Option<NodeView> {
