@@ -122,6 +122,7 @@ impl DecodeRequest {
         let wire = open.work.ok_or(convert::ConvertError::Missing { field: "work" })?;
         let work = Work::try_from(wire)?;
         work::check(host, &work, &open.instance)?;
+        work::check_place(host)?;
         Ok((work, open.local_prefill))
     }
 

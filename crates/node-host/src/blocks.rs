@@ -5,13 +5,48 @@ use baton_kv_transfer::{DestinationBlocks, NoRoom, QuarantinedBlocks, ReservedBl
 use baton_types::{BlockHash, BlockId};
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Gives hand-overs their blocks. What is committed comes out as a [`baton_engine::BlockTable`].
-pub struct PoolBlocks(pub Arc<BlockPool>);
+///
+/// Running sequences come first, then those that gave way, then hand-overs that ask: what is owed to the second is kept
+/// from the third.
+pub struct PoolBlocks {
+    pool: Arc<BlockPool>,
+    owed: AtomicUsize,
+}
+
+impl PoolBlocks {
+    /// Over this pool.
+    pub fn new(pool: Arc<BlockPool>) -> Arc<Self> {
+        Arc::new(Self {
+            pool,
+            owed: AtomicUsize::new(0),
+        })
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Arc<BlockPool> {
+        &self.pool
+    }
+
+    /// Blocks that sequences which gave way wait for.
+    pub(crate) fn set_owed(&self, blocks: usize) {
+        self.owed.store(blocks, Ordering::Release);
+    }
+}
 
 impl DestinationBlocks for PoolBlocks {
     fn reserve(&self, hashes: &[BlockHash], total: usize) -> Result<Box<dyn ReservedBlocks>, NoRoom> {
-        match self.0.reserve(hashes, hashes.len(), total) {
+        let owed = self.owed.load(Ordering::Acquire);
+        if owed > 0 {
+            let room = self.pool.room().saturating_sub(owed);
+            let wanted = total - self.pool.held(hashes).min(total);
+            if wanted > room {
+                return Err(NoRoom { wanted, room });
+            }
+        }
+        match self.pool.reserve(hashes, hashes.len(), total) {
             Ok(reservation) => Ok(Box::new(Reserved(reservation))),
             Err(error) => Err(NoRoom {
                 wanted: error.wanted,

@@ -1,5 +1,6 @@
 //! What a node has, whatever its role: identity, model facts, blocks, engine, endpoint, and whether it takes work.
 
+use crate::blocks::PoolBlocks;
 use crate::engine::{self, Ending, EngineHandle, EngineParts};
 use crate::errors::LastErrors;
 use baton_engine::{Backend, BlockPool, ModelConfig};
@@ -44,8 +45,8 @@ pub struct NodeParts {
     pub eos_tokens: Vec<u32>,
     /// Memory of its KV.
     pub arena: ArenaView,
-    /// Owner of that memory's blocks; the endpoint's `DestinationBlocks` stand over the same pool.
-    pub pool: Arc<BlockPool>,
+    /// Owner of that memory's blocks, the same that the endpoint was given.
+    pub blocks: Arc<PoolBlocks>,
     /// Its end of hand-overs.
     pub endpoint: Endpoint,
     /// Time.
@@ -78,7 +79,7 @@ struct Inner {
     limits: NodeLimits,
     model: ModelFacts,
     ending: Ending,
-    pool: Arc<BlockPool>,
+    blocks: Arc<PoolBlocks>,
     arena: ArenaView,
     endpoint: Endpoint,
     engine: EngineHandle,
@@ -110,7 +111,7 @@ impl Host {
             backend,
             eos_tokens,
             arena,
-            pool,
+            blocks,
             endpoint,
             clock,
             supervisor,
@@ -127,7 +128,7 @@ impl Host {
         let engine_parts = EngineParts {
             backend,
             arena: arena.clone(),
-            pool: pool.clone(),
+            blocks: blocks.clone(),
             queue_capacity: limits.queue_capacity,
             running_max: limits.running_max,
             chunk_tokens: limits.chunk_tokens,
@@ -146,7 +147,7 @@ impl Host {
             limits,
             model,
             ending,
-            pool,
+            blocks,
             arena,
             endpoint,
             engine,
@@ -182,7 +183,7 @@ impl Host {
 
     /// Owner of its blocks.
     pub fn pool(&self) -> &Arc<BlockPool> {
-        &self.0.pool
+        self.0.blocks.pool()
     }
 
     /// Memory of its blocks.

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// How often loading says how far it is; shorter loads say nothing.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+/// A stub's blocks are tiny: so many (a million tokens with the default block) serve every test of it.
+const STUB_BLOCKS_MOST: u64 = 65_536;
 /// A node with fewer blocks serves nothing of use.
 const BLOCKS_LEAST: u64 = 4;
 
@@ -113,7 +115,12 @@ pub fn arena(options: &NodeOptions, geometry: KvGeometry) -> Result<Arc<Arena>, 
     check_kv_bytes(options)?;
     let given = options.kv_bytes.unwrap_or_else(|| process::available_memory() / 2);
     let block_bytes = geometry.block_bytes() as u64;
-    let blocks = given / block_bytes;
+    let most = if is_stub(&options.model) {
+        STUB_BLOCKS_MOST
+    } else {
+        u64::from(u32::MAX)
+    };
+    let blocks = (given / block_bytes).min(most);
     if blocks < BLOCKS_LEAST {
         return Err(BringUpError::KvTooSmall {
             given,
@@ -124,11 +131,7 @@ pub fn arena(options: &NodeOptions, geometry: KvGeometry) -> Result<Arc<Arena>, 
     }
     let count = u32::try_from(blocks).unwrap_or(u32::MAX);
     let arena = Arena::allocate(geometry, count, &mut |_, _| {})?;
-    tracing::info!(
-        blocks,
-        bytes = arena.bytes(),
-        size = format_bytes(given),
-        "kv memory is ready"
-    );
+    let bytes = arena.bytes();
+    tracing::info!(blocks, bytes, size = format_bytes(bytes as u64), "kv memory is ready");
     Ok(arena)
 }

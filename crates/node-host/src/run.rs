@@ -209,7 +209,7 @@ async fn come_up(
         let arena = model::arena(&load_options, geometry)?;
         let pool = BlockPool::new(u32::try_from(arena.blocks()).unwrap_or(u32::MAX));
         self_test::run(&mut *backend, &arena.view(), &pool)?;
-        Ok((backend, card, arena, pool))
+        Ok((backend, card, arena, PoolBlocks::new(pool)))
     };
     let (tx, rx) = tokio::sync::oneshot::channel();
     inner.spawn_blocking("load", move || {
@@ -219,7 +219,7 @@ async fn come_up(
     let loaded = rx.await.map_err(|_| BringUpError::Fatal {
         reason: "loading the model panicked".into(),
     })?;
-    let (backend, card, arena, pool) = loaded?;
+    let (backend, card, arena, blocks) = loaded?;
     let transfer_identity = Identity {
         node: identity.node_id.clone(),
         instance: identity.instance,
@@ -232,7 +232,7 @@ async fn come_up(
         options.endpoint_options(),
         transfer_identity,
         arena.view(),
-        Arc::new(PoolBlocks(pool.clone())),
+        blocks.clone(),
         clock,
         inner.clone(),
     )
@@ -248,7 +248,7 @@ async fn come_up(
         backend,
         eos_tokens: card.eos_tokens.clone(),
         arena: arena.view(),
-        pool,
+        blocks,
         endpoint,
         clock,
         supervisor: inner.clone(),

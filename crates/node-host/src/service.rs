@@ -22,8 +22,10 @@ const HEARTBEAT_LEAST: Duration = Duration::from_millis(50);
 const HEARTBEAT_DEFAULT: Duration = Duration::from_millis(500);
 /// A drain that names no deadline.
 const DRAIN_DEFAULT: Duration = Duration::from_secs(120);
-/// While it computes, the block pool is checked on one heartbeat in so many.
-const INTEGRITY_EVERY: u32 = 8;
+/// While it computes, or has very many blocks, the block pool is checked on one heartbeat in so many.
+const INTEGRITY_EVERY: u32 = 16;
+/// More blocks take a millisecond or so to check, during which nobody gets one.
+const INTEGRITY_BLOCKS: u32 = 100_000;
 
 /// A stream of messages of one request. Dropping it cancels the request.
 pub type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -83,7 +85,7 @@ pub fn load(host: &Host, check_integrity: bool) -> v1::NodeLoad {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     v1::NodeLoad {
         blocks: Some(host.pool().counts().into()),
-        queued_requests: count(engine.queued),
+        queued_requests: count(engine.queued + transfer.queued_asks),
         queued_tokens: engine.queued_tokens,
         running_requests: count(engine.running),
         queue_capacity: count(host.limits().queue_capacity),
@@ -131,7 +133,8 @@ fn heartbeat(host: &Host, beat: u32) -> v1::HeartbeatResponse {
     } else {
         NodeState::Ready
     };
-    let check = host.requests() == 0 || beat.is_multiple_of(INTEGRITY_EVERY);
+    let few = host.pool().counts().total <= INTEGRITY_BLOCKS;
+    let check = (few && host.requests() == 0) || beat.is_multiple_of(INTEGRITY_EVERY);
     v1::HeartbeatResponse {
         node_id: identity.node_id.to_string(),
         instance: identity.instance.to_string(),

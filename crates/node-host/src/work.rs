@@ -97,6 +97,23 @@ pub fn check(host: &Host, work: &Work, instance: &str) -> Result<(), WorkRefused
     check_tokens(host, work)
 }
 
+/// Refuses what is more than may wait and run at once.
+///
+/// # Errors
+/// `RESOURCE_EXHAUSTED` with `retry-after-ms`.
+pub fn check_place(host: &Host) -> Result<(), Status> {
+    let (living, limits) = (host.requests(), host.limits());
+    let most = limits.queue_capacity + limits.running_max;
+    if living <= most {
+        return Ok(());
+    }
+    let retry_after = host.engine().load().retry_after();
+    Err(exhausted(
+        format!("{most} requests are here already; no more than that may be"),
+        retry_after,
+    ))
+}
+
 fn check_tokens(host: &Host, work: &Work) -> Result<(), WorkRefused> {
     let invalid = |field, problem| Err(WorkRefused::Invalid { field, problem });
     let (config, geometry) = (&host.model().config, &host.model().geometry);

@@ -51,7 +51,6 @@ impl TestNode {
         let backend = stub(shape.stub.parse::<StubSpec>().unwrap());
         let geometry = backend.config().kv_geometry(BLOCK_TOKENS, KvDtype::F16);
         let arena = Arena::allocate(geometry, shape.blocks, &mut |_, _| {}).unwrap();
-        let pool = BlockPool::new(shape.blocks);
         let instance = Instance::random();
         let node_id = NodeId::new(format!("{role}-{instance}"));
         let identity = Identity {
@@ -67,10 +66,17 @@ impl TestNode {
             quarantine_share: 1.0,
             ..EndpointOptions::default()
         };
-        let blocks = Arc::new(PoolBlocks(pool.clone()));
-        let endpoint = Endpoint::start(options, identity, arena.view(), blocks, clock, supervisor.clone())
-            .await
-            .unwrap();
+        let blocks = PoolBlocks::new(BlockPool::new(shape.blocks));
+        let endpoint = Endpoint::start(
+            options,
+            identity,
+            arena.view(),
+            blocks.clone(),
+            clock,
+            supervisor.clone(),
+        )
+        .await
+        .unwrap();
         let host = Host::start(NodeParts {
             identity: NodeIdentity {
                 node_id,
@@ -85,7 +91,7 @@ impl TestNode {
             backend,
             eos_tokens: Vec::new(),
             arena: arena.view(),
-            pool,
+            blocks,
             endpoint,
             clock,
             supervisor: supervisor.clone(),

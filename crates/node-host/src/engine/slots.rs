@@ -133,6 +133,15 @@ impl Slot {
         self.decoding = false;
     }
 
+    /// Blocks that it had, gave away and waits for.
+    pub fn owed_blocks(&self, geometry: &KvGeometry) -> usize {
+        if self.preempted && self.table.is_none() {
+            geometry.blocks_for(self.tokens.len())
+        } else {
+            0
+        }
+    }
+
     /// Has blocks for `tokens` tokens, growing by what lacks.
     pub fn make_room(&mut self, tokens: usize, geometry: &KvGeometry) -> Result<(), NoRoom> {
         let Some(table) = &mut self.table else { return Ok(()) };
