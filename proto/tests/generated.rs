@@ -3,8 +3,12 @@
 use prost::Message;
 use std::path::Path;
 
-const FILES: [&str; 4] =
-    ["baton/v1/common.proto", "baton/v1/inference.proto", "baton/v1/admin.proto", "baton/v1/node.proto"];
+const FILES: [&str; 4] = [
+    "baton/v1/common.proto",
+    "baton/v1/inference.proto",
+    "baton/v1/admin.proto",
+    "baton/v1/node.proto",
+];
 
 #[test]
 fn generated_code_matches_the_proto_files() {
@@ -35,6 +39,12 @@ fn generated_code_matches_the_proto_files() {
         std::fs::write(&binary, &set).expect("write descriptor set");
     }
     let hint = "run BATON_REGENERATE=1 cargo test -p baton-proto --test generated";
-    assert!(std::fs::read_to_string(&code).unwrap_or_default() == fresh, "src/generated/baton.v1.rs is stale: {hint}");
-    assert!(std::fs::read(&binary).unwrap_or_default() == set, "src/generated/descriptors.binpb is stale: {hint}");
+    assert!(
+        std::fs::read_to_string(&code).unwrap_or_default() == fresh,
+        "src/generated/baton.v1.rs is stale: {hint}"
+    );
+    assert!(
+        std::fs::read(&binary).unwrap_or_default() == set,
+        "src/generated/descriptors.binpb is stale: {hint}"
+    );
 }

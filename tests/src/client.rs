@@ -26,7 +26,13 @@ impl Ask {
             ..v1::SamplingParams::default()
         };
         let input = Some(Input::Prompt(prompt.to_owned()));
-        Self { request: v1::GenerateRequest { input, sampling: Some(sampling), ..v1::GenerateRequest::default() } }
+        Self {
+            request: v1::GenerateRequest {
+                input,
+                sampling: Some(sampling),
+                ..v1::GenerateRequest::default()
+            },
+        }
     }
 
     /// Greedy tokens after token ids.
@@ -84,7 +90,10 @@ pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<
         ensure!(answer.finish == 0, "a message after the last one");
         if !message.tokens.is_empty() {
             let (have, first) = (answer.tokens.len(), message.first_index as usize);
-            ensure!(have == first, "tokens {first}.. came after {have} tokens: a gap or a repeat");
+            ensure!(
+                have == first,
+                "tokens {first}.. came after {have} tokens: a gap or a repeat"
+            );
         }
         answer.tokens.extend(&message.tokens);
         answer.text.push_str(&message.text);

@@ -52,7 +52,10 @@ impl ClusterOptions {
 
     /// One node that does both.
     pub fn colocated(model: impl Into<String>) -> Self {
-        Self { prefill: 0, ..Self::pair(model) }
+        Self {
+            prefill: 0,
+            ..Self::pair(model)
+        }
     }
 
     /// Adds flags for every node.
@@ -79,7 +82,12 @@ impl Cluster {
     /// Starts everything and waits until the model is listed.
     pub async fn start(options: ClusterOptions) -> Result<Self> {
         let coordinator = start_coordinator(&options).await?;
-        let mut cluster = Self { coordinator, prefill: Vec::new(), decode: Vec::new(), options };
+        let mut cluster = Self {
+            coordinator,
+            prefill: Vec::new(),
+            decode: Vec::new(),
+            options,
+        };
         for _ in 0..cluster.options.prefill {
             cluster.add("prefill").await?;
         }
@@ -92,7 +100,11 @@ impl Cluster {
 
     /// Starts one more node of a role and waits for its announcement.
     pub async fn add(&mut self, role: &str) -> Result<()> {
-        let nodes = if role == "prefill" { &mut self.prefill } else { &mut self.decode };
+        let nodes = if role == "prefill" {
+            &mut self.prefill
+        } else {
+            &mut self.decode
+        };
         let name = format!("{role}-{}", nodes.len());
         nodes.push(start_node(&self.options, &self.coordinator, role, &name).await?);
         Ok(())
@@ -100,7 +112,11 @@ impl Cluster {
 
     /// Starts a node again under the name of a dead one.
     pub async fn restart(&mut self, role: &str, index: usize) -> Result<()> {
-        let nodes = if role == "prefill" { &mut self.prefill } else { &mut self.decode };
+        let nodes = if role == "prefill" {
+            &mut self.prefill
+        } else {
+            &mut self.decode
+        };
         nodes[index].kill().await.ok();
         let name = nodes[index].name.clone();
         nodes[index] = start_node(&self.options, &self.coordinator, role, &name).await?;
@@ -126,7 +142,10 @@ impl Cluster {
 
     /// Base URL of the HTTP door.
     pub fn http(&self) -> String {
-        format!("http://{}", self.coordinator.announcement.http.as_deref().unwrap_or_default())
+        format!(
+            "http://{}",
+            self.coordinator.announcement.http.as_deref().unwrap_or_default()
+        )
     }
 
     /// host:port of the gRPC door.
@@ -157,7 +176,12 @@ impl Cluster {
         let listed = until("all nodes ready and the model listed", START_LIMIT, || {
             let mut client = client.clone();
             async move {
-                let models = client.list_models(v1::ListModelsRequest {}).await.ok()?.into_inner().models;
+                let models = client
+                    .list_models(v1::ListModelsRequest {})
+                    .await
+                    .ok()?
+                    .into_inner()
+                    .models;
                 let status = self.status().await.ok()?;
                 let ready = status.nodes.iter().filter(|node| node.state == "ready").count();
                 (!models.is_empty() && ready == nodes).then_some(())
@@ -165,15 +189,22 @@ impl Cluster {
         });
         if let Err(error) = listed.await {
             let models = client.list_models(v1::ListModelsRequest {}).await;
-            bail!("{error}: status {:?}, models {models:?}\n{}", self.status().await, self.logs());
+            bail!(
+                "{error}: status {:?}, models {models:?}\n{}",
+                self.status().await,
+                self.logs()
+            );
         }
         Ok(())
     }
 
     /// All logs, for a failure's message.
     pub fn logs(&self) -> String {
-        let all = std::iter::once(&self.coordinator).chain(&self.prefill).chain(&self.decode);
-        all.map(|process| format!("--- {}\n{}\n", process.name, process.log())).collect()
+        let all = std::iter::once(&self.coordinator)
+            .chain(&self.prefill)
+            .chain(&self.decode);
+        all.map(|process| format!("--- {}\n{}\n", process.name, process.log()))
+            .collect()
     }
 
     /// Waits until no node holds anything for a request: every block is free or cached.
@@ -232,10 +263,18 @@ async fn start_coordinator(options: &ClusterOptions) -> Result<Process> {
 }
 
 async fn start_node(options: &ClusterOptions, coordinator: &Process, role: &str, name: &str) -> Result<Process> {
-    let mut flags: Vec<String> =
-        ["node", "--role", role, "--node-id", name, "--exit-with-parent", "--model", &options.model]
-            .map(String::from)
-            .to_vec();
+    let mut flags: Vec<String> = [
+        "node",
+        "--role",
+        role,
+        "--node-id",
+        name,
+        "--exit-with-parent",
+        "--model",
+        &options.model,
+    ]
+    .map(String::from)
+    .to_vec();
     flags.extend(["--kv-bytes".into(), options.kv_bytes.clone(), "--store".into()]);
     flags.push(store_flag(options, Some(coordinator))?);
     flags.extend(options.node_flags.iter().cloned());

@@ -26,7 +26,12 @@ impl Etcd {
         let (client_port, peer_port) = (free_port()?, free_port()?);
         let data = tempfile::tempdir()?;
         let child = spawn(&data, client_port, peer_port)?;
-        let etcd = Self { child, data, client_port, peer_port };
+        let etcd = Self {
+            child,
+            data,
+            client_port,
+            peer_port,
+        };
         etcd.wait_listening().await?;
         Ok(etcd)
     }
@@ -53,7 +58,9 @@ impl Etcd {
 
     async fn wait_listening(&self) -> Result<()> {
         until("etcd listens", Duration::from_secs(20), || async {
-            tokio::net::TcpStream::connect(("127.0.0.1", self.client_port)).await.ok()
+            tokio::net::TcpStream::connect(("127.0.0.1", self.client_port))
+                .await
+                .ok()
         })
         .await?;
         Ok(())
@@ -61,7 +68,10 @@ impl Etcd {
 }
 
 fn spawn(data: &TempDir, client_port: u16, peer_port: u16) -> Result<Child> {
-    let (client, peer) = (format!("http://127.0.0.1:{client_port}"), format!("http://127.0.0.1:{peer_port}"));
+    let (client, peer) = (
+        format!("http://127.0.0.1:{client_port}"),
+        format!("http://127.0.0.1:{peer_port}"),
+    );
     Command::new("etcd")
         .arg("--data-dir")
         .arg(data.path())

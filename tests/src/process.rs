@@ -19,22 +19,37 @@ pub fn baton_binary() -> PathBuf {
         path.pop();
     }
     path.push("baton");
-    assert!(path.exists(), "{} is missing: run ./test.sh, or cargo build -p baton first", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: run ./test.sh, or cargo build -p baton first",
+        path.display()
+    );
     path
 }
 
 /// The real model: `BATON_TEST_MODEL`, which test.sh sets, or the copy beside the checkout.
 pub fn model_path() -> PathBuf {
-    let beside = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let beside = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../shared/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    );
     let path = std::env::var_os("BATON_TEST_MODEL").map_or_else(|| PathBuf::from(beside), PathBuf::from);
-    assert!(path.exists(), "no model at {}: run ./test.sh, or cargo run -- model get smollm2", path.display());
+    assert!(
+        path.exists(),
+        "no model at {}: run ./test.sh, or cargo run -- model get smollm2",
+        path.display()
+    );
     path
 }
 
 /// A Python that has the client libraries: test.sh makes it.
 pub fn test_python() -> PathBuf {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/test-venv/bin/python"));
-    assert!(path.exists(), "{} is missing: run ./test.sh, which makes it", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: run ./test.sh, which makes it",
+        path.display()
+    );
     path
 }
 
@@ -104,7 +119,12 @@ impl Process {
                 let announcement = serde_json::from_str(&line).with_context(|| format!("{name} announced {line}"))?;
                 // Whatever else it prints is drained, so that it never blocks on a full pipe.
                 tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-                Ok(Self { name: name.to_owned(), announcement, child, log })
+                Ok(Self {
+                    name: name.to_owned(),
+                    announcement,
+                    child,
+                    log,
+                })
             }
             Ok(_) => {
                 let status = timeout(Duration::from_secs(5), child.wait()).await;
@@ -126,7 +146,10 @@ impl Process {
 
     /// Sends a signal, by name as kill(1) knows it, to this process alone.
     pub async fn signal(&self, name: &str) -> Result<()> {
-        let status = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().await?;
+        let status = Command::new("kill")
+            .args(["-s", name, &self.pid().to_string()])
+            .status()
+            .await?;
         anyhow::ensure!(status.success(), "kill -s {name} {} failed", self.pid());
         Ok(())
     }
@@ -140,7 +163,10 @@ impl Process {
     pub async fn terminate(&mut self, limit: Duration) -> Result<i32> {
         self.signal("TERM").await?;
         let status = timeout(limit, self.child.wait()).await;
-        let status = status.with_context(|| format!("{} ignored SIGTERM for {limit:?}:\n{}", self.name, self.log()))??;
-        status.code().with_context(|| format!("{} ended by a signal", self.name))
+        let status =
+            status.with_context(|| format!("{} ignored SIGTERM for {limit:?}:\n{}", self.name, self.log()))??;
+        status
+            .code()
+            .with_context(|| format!("{} ended by a signal", self.name))
     }
 }

@@ -32,7 +32,10 @@ pub struct Prompt {
 impl Prompt {
     /// As a request's input, before any cut.
     pub fn input(&self) -> Input {
-        let message = |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into() };
+        let message = |role: &str, content: &str| v1::ChatMessage {
+            role: role.into(),
+            content: content.into(),
+        };
         match self.kind {
             Kind::EmptySystem => Input::Messages(v1::ChatMessages {
                 messages: vec![message("system", ""), message("user", &self.text)],
@@ -92,10 +95,19 @@ const QUESTIONS: [&str; 7] = [
 
 /// Sentences that never repeat within the length of a prompt.
 fn chronicle(seed: usize, sentences: usize) -> String {
-    const WHO: [&str; 7] = ["The miller", "A courier", "Her cousin", "The surgeon", "An old sailor", "The mayor", "Nobody"];
+    const WHO: [&str; 7] = [
+        "The miller",
+        "A courier",
+        "Her cousin",
+        "The surgeon",
+        "An old sailor",
+        "The mayor",
+        "Nobody",
+    ];
     const DID: [&str; 6] = ["counted", "repaired", "sold", "remembered", "painted", "carried away"];
-    const WHAT: [&str; 11] =
-        ["barrels", "letters", "lanterns", "maps", "horses", "bells", "coats", "ladders", "books", "keys", "boats"];
+    const WHAT: [&str; 11] = [
+        "barrels", "letters", "lanterns", "maps", "horses", "bells", "coats", "ladders", "books", "keys", "boats",
+    ];
     (0..sentences)
         .map(|i| {
             let n = i * 31 + seed * 17;
@@ -107,15 +119,26 @@ fn chronicle(seed: usize, sentences: usize) -> String {
 
 /// All forty; the first twelve hold one of every kind, one single token, and one of 2,000 tokens.
 pub fn prompts() -> Vec<Prompt> {
-    let text = |kind, text: &str| Prompt { kind, text: text.into(), tokens: None };
-    let cut = |seed, tokens| Prompt { kind: Kind::English, text: chronicle(seed, tokens / 8), tokens: Some(tokens) };
+    let text = |kind, text: &str| Prompt {
+        kind,
+        text: text.into(),
+        tokens: None,
+    };
+    let cut = |seed, tokens| Prompt {
+        kind: Kind::English,
+        text: chronicle(seed, tokens / 8),
+        tokens: Some(tokens),
+    };
     let mut all = vec![
         text(Kind::English, ENGLISH[0]),
         text(Kind::Chinese, CHINESE[0]),
         text(Kind::Code, CODE[0]),
         text(Kind::Emoji, EMOJI[0]),
         text(Kind::EmptySystem, QUESTIONS[0]),
-        Prompt { tokens: Some(1), ..text(Kind::English, "Hello") },
+        Prompt {
+            tokens: Some(1),
+            ..text(Kind::English, "Hello")
+        },
         cut(1, 2000),
         cut(2, 16),
         cut(3, 33),

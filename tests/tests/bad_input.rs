@@ -11,7 +11,9 @@ use tonic::Code;
 /// Runs `baton ARGUMENTS` to its end: it must fail by itself; gives what it said.
 async fn refused(arguments: &[&str]) -> Result<String> {
     let run = Command::new(baton_binary()).args(arguments).kill_on_drop(true).output();
-    let output = tokio::time::timeout(Duration::from_secs(15), run).await.with_context(|| format!("{arguments:?} hangs"))??;
+    let output = tokio::time::timeout(Duration::from_secs(15), run)
+        .await
+        .with_context(|| format!("{arguments:?} hangs"))??;
     ensure!(!output.status.success(), "baton {arguments:?} did not fail");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!said.contains("panicked"), "baton {arguments:?} panicked: {said}");
@@ -33,11 +35,24 @@ async fn requests_are_refused_by_field() -> Result<()> {
     let refuse = async |ask_for: Ask, code: Code, words: &[&str]| -> Result<()> {
         let status = ask(&client, &ask_for).await?.err().context("it was answered")?;
         ensure!(status.code() == code, "{status:?}");
-        ensure!(status.metadata().get("x-request-id").is_some(), "no x-request-id in {status:?}");
+        ensure!(
+            status.metadata().get("x-request-id").is_some(),
+            "no x-request-id in {status:?}"
+        );
         has_all(status.message(), words)
     };
-    refuse(Ask::greedy_ids(vec![5; 3000], 8), Code::InvalidArgument, &["prompt", "3000", "2048"]).await?;
-    refuse(Ask::greedy_ids(vec![5; 8], 5000), Code::InvalidArgument, &["max_tokens", "5000", "2048"]).await?;
+    refuse(
+        Ask::greedy_ids(vec![5; 3000], 8),
+        Code::InvalidArgument,
+        &["prompt", "3000", "2048"],
+    )
+    .await?;
+    refuse(
+        Ask::greedy_ids(vec![5; 8], 5000),
+        Code::InvalidArgument,
+        &["max_tokens", "5000", "2048"],
+    )
+    .await?;
     refuse(Ask::greedy_ids(vec![4_000_000], 8), Code::InvalidArgument, &["4000000"]).await?;
     refuse(Ask::greedy_ids(Vec::new(), 8), Code::InvalidArgument, &["prompt"]).await?;
     let mut unknown = Ask::greedy("x", 4);
@@ -51,16 +66,50 @@ async fn requests_are_refused_by_field() -> Result<()> {
     let chat = "/v1/chat/completions";
     let cases: [(&str, &[u8], u16, &[&str]); 7] = [
         (chat, br#"{"model": "#, 400, &["json"]),
-        (chat, b"{\"messages\": [{\"role\": \"user\", \"content\": \"\xff\xfe\"}]}", 400, &["utf-8"]),
-        (chat, br#"{"messages": [{"role": "user", "content": "x"}], "temperature": -1}"#, 400, &["temperature"]),
-        (chat, br#"{"messages": [{"role": "user", "content": "x"}], "n": 2}"#, 400, &["\"n\""]),
-        (chat, br#"{"messages": [{"role": "user", "content": "x"}], "tools": []}"#, 400, &["tools"]),
-        (chat, br#"{"messages": [{"role": "user", "content": "x"}], "wibble": 1}"#, 400, &["wibble"]),
-        ("/v1/completions", br#"{"model": "no-such-model", "prompt": "x"}"#, 404, &["no-such-model"]),
+        (
+            chat,
+            b"{\"messages\": [{\"role\": \"user\", \"content\": \"\xff\xfe\"}]}",
+            400,
+            &["utf-8"],
+        ),
+        (
+            chat,
+            br#"{"messages": [{"role": "user", "content": "x"}], "temperature": -1}"#,
+            400,
+            &["temperature"],
+        ),
+        (
+            chat,
+            br#"{"messages": [{"role": "user", "content": "x"}], "n": 2}"#,
+            400,
+            &["\"n\""],
+        ),
+        (
+            chat,
+            br#"{"messages": [{"role": "user", "content": "x"}], "tools": []}"#,
+            400,
+            &["tools"],
+        ),
+        (
+            chat,
+            br#"{"messages": [{"role": "user", "content": "x"}], "wibble": 1}"#,
+            400,
+            &["wibble"],
+        ),
+        (
+            "/v1/completions",
+            br#"{"model": "no-such-model", "prompt": "x"}"#,
+            404,
+            &["no-such-model"],
+        ),
     ];
     for (path, body, status, words) in cases {
         let (got, said) = http_post(&http, path, body).await?;
-        ensure!(got == status, "{path} {:?}: {got} {said}", String::from_utf8_lossy(body));
+        ensure!(
+            got == status,
+            "{path} {:?}: {got} {said}",
+            String::from_utf8_lossy(body)
+        );
         has_all(&said, words)?;
         ensure!(said.contains("\"error\""), "not in OpenAI's shape: {said}");
     }
@@ -71,10 +120,28 @@ async fn requests_are_refused_by_field() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_cannot_start_says_why() -> Result<()> {
     let cluster = Cluster::start(ClusterOptions::pair("stub")).await?;
-    let store = format!("etcd://{}", cluster.coordinator.announcement.store.as_deref().unwrap_or_default());
-    let node = |model: &'static str| ["node", "--role", "decode", "--store", "STORE", "--kv-bytes", "64MiB", "--model", model];
+    let store = format!(
+        "etcd://{}",
+        cluster.coordinator.announcement.store.as_deref().unwrap_or_default()
+    );
+    let node = |model: &'static str| {
+        [
+            "node",
+            "--role",
+            "decode",
+            "--store",
+            "STORE",
+            "--kv-bytes",
+            "64MiB",
+            "--model",
+            model,
+        ]
+    };
     let with_store = |arguments: &[&str]| -> Vec<String> {
-        arguments.iter().map(|&a| if a == "STORE" { store.clone() } else { a.to_owned() }).collect()
+        arguments
+            .iter()
+            .map(|&a| if a == "STORE" { store.clone() } else { a.to_owned() })
+            .collect()
     };
     let refused_node = async |extra: &[&str], model: &str| -> Result<String> {
         let mut arguments = with_store(&node("stub"));
@@ -88,26 +155,61 @@ async fn a_process_that_cannot_start_says_why() -> Result<()> {
     let whole = std::fs::read(model_path())?;
     let truncated = folder.path().join("truncated.gguf");
     std::fs::write(&truncated, &whole[..whole.len() / 2])?;
-    has_all(&refused_node(&[], path_text(&truncated)).await?, &["truncated.gguf", "truncated"])?;
+    has_all(
+        &refused_node(&[], path_text(&truncated)).await?,
+        &["truncated.gguf", "truncated"],
+    )?;
     let header_only = folder.path().join("header.gguf");
     std::fs::write(&header_only, &whole[..1000])?;
     has_all(&refused_node(&[], path_text(&header_only)).await?, &["header.gguf"])?;
     let mut foreign = whole;
-    let at = foreign.windows(20).position(|w| w == b"general.architecture").context("the key is there")?;
+    let at = foreign
+        .windows(20)
+        .position(|w| w == b"general.architecture")
+        .context("the key is there")?;
     foreign[at + 20 + 4 + 8..][..5].copy_from_slice(b"mamba");
     let unsupported = folder.path().join("unsupported.gguf");
     std::fs::write(&unsupported, &foreign)?;
-    has_all(&refused_node(&[], path_text(&unsupported)).await?, &["mamba", "architecture"])?;
-    has_all(&refused_node(&[], "/does/not/exist.gguf").await?, &["/does/not/exist.gguf"])?;
+    has_all(
+        &refused_node(&[], path_text(&unsupported)).await?,
+        &["mamba", "architecture"],
+    )?;
+    has_all(
+        &refused_node(&[], "/does/not/exist.gguf").await?,
+        &["/does/not/exist.gguf"],
+    )?;
 
     has_all(&refused_node(&["--kv-bytes", "900TiB"], "stub").await?, &["kv-bytes"])?;
     let taken = cluster.grpc_address();
-    has_all(&refused_node(&["--listen", &taken], "stub").await?, &["--listen", &taken, "in use"])?;
+    has_all(
+        &refused_node(&["--listen", &taken], "stub").await?,
+        &["--listen", &taken, "in use"],
+    )?;
     let started = std::time::Instant::now();
-    let said = refused(&["node", "--role", "decode", "--model", "stub", "--store", "etcd://127.0.0.1:9"]).await?;
+    let said = refused(&[
+        "node",
+        "--role",
+        "decode",
+        "--model",
+        "stub",
+        "--store",
+        "etcd://127.0.0.1:9",
+    ])
+    .await?;
     has_all(&said, &["--store", "127.0.0.1:9"])?;
-    ensure!(started.elapsed() < Duration::from_secs(12), "an unreachable store took {:?}", started.elapsed());
-    let said = refused(&["coordinator", "--store", "etcd://127.0.0.1:9", "--http-listen", "127.0.0.1:0"]).await?;
+    ensure!(
+        started.elapsed() < Duration::from_secs(12),
+        "an unreachable store took {:?}",
+        started.elapsed()
+    );
+    let said = refused(&[
+        "coordinator",
+        "--store",
+        "etcd://127.0.0.1:9",
+        "--http-listen",
+        "127.0.0.1:0",
+    ])
+    .await?;
     has_all(&said, &["--store", "127.0.0.1:9"])?;
     let said = refused(&["coordinator", "--http-listen", &taken, "--grpc-listen", "127.0.0.1:0"]).await?;
     has_all(&said, &["--http-listen", &taken, "in use"])?;
@@ -130,17 +232,34 @@ async fn nodes_of_different_models_are_never_paired() -> Result<()> {
     let end = std::time::Instant::now() + Duration::from_secs(20);
     loop {
         match ask(&client, &Ask::greedy_ids(vec![1; 100], 8)).await? {
-            Err(status) if matches!(status.code(), Code::NotFound | Code::Unavailable | Code::FailedPrecondition) => {
-                let listed = client.clone().list_models(v1::ListModelsRequest {}).await?.into_inner().models;
+            Err(status)
+                if matches!(
+                    status.code(),
+                    Code::NotFound | Code::Unavailable | Code::FailedPrecondition
+                ) =>
+            {
+                let listed = client
+                    .clone()
+                    .list_models(v1::ListModelsRequest {})
+                    .await?
+                    .into_inner()
+                    .models;
                 if listed.len() <= 1 && !status.message().is_empty() {
                     return Ok(());
                 }
             }
             // Colocated service by the new decode node alone would be right; tokens of a mixed pair would not.
-            Ok(answer) => ensure!(answer.timeline.handover_bytes == 0 && reference.tokens.len() == 8, "a mixed pair answered"),
+            Ok(answer) => ensure!(
+                answer.timeline.handover_bytes == 0 && reference.tokens.len() == 8,
+                "a mixed pair answered"
+            ),
             Err(status) => ensure!(end > std::time::Instant::now(), "unclear refusal: {status:?}"),
         }
-        ensure!(std::time::Instant::now() < end, "neither refused nor served alone: {}", cluster.logs());
+        ensure!(
+            std::time::Instant::now() < end,
+            "neither refused nor served alone: {}",
+            cluster.logs()
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

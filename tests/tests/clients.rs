@@ -9,9 +9,16 @@ use tokio::process::Command;
 
 async fn session(script: &str, arguments: &[&str]) -> Result<()> {
     let script = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/python")).join(script);
-    let run = Command::new(test_python()).arg(&script).args(arguments).kill_on_drop(true).output();
+    let run = Command::new(test_python())
+        .arg(&script)
+        .args(arguments)
+        .kill_on_drop(true)
+        .output();
     let output = tokio::time::timeout(Duration::from_secs(180), run).await??;
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     println!("{out}");
     ensure!(output.status.success(), "{} failed:\n{out}\n{err}", script.display());
     Ok(())

@@ -12,7 +12,9 @@ const TOKENS: u32 = 60;
 const MODEL: &str = "stub:prefill_us=500,decode_us=10000";
 
 fn request(index: usize) -> Ask {
-    let ids = (0..100 + 40 * index).map(|i| ((i * 7 + index * 13) % 200) as u32).collect();
+    let ids = (0..100 + 40 * index)
+        .map(|i| ((i * 7 + index * 13) % 200) as u32)
+        .collect();
     Ask::greedy_ids(ids, TOKENS)
 }
 
@@ -38,17 +40,26 @@ async fn under_load(
     tokio::time::sleep(delay).await; // the moment of the fault, not a wait for something
     strike(cluster).await?;
     let struck = Instant::now();
-    let mut outcome = Outcome { completed: 0, failed: 0 };
+    let mut outcome = Outcome {
+        completed: 0,
+        failed: 0,
+    };
     while let Some(done) = tokio::time::timeout(Duration::from_secs(30), running.join_next()).await? {
         let (index, answer, at) = done?;
         match answer? {
             Ok(answer) => {
-                ensure!(answer.tokens == reference[index].tokens, "stream {index} differs from the fault-free run");
+                ensure!(
+                    answer.tokens == reference[index].tokens,
+                    "stream {index} differs from the fault-free run"
+                );
                 outcome.completed += 1;
             }
             Err(status) => {
                 let took = at.saturating_duration_since(struck);
-                ensure!(retryable(&status), "stream {index} failed with {status:?}, which is not retryable");
+                ensure!(
+                    retryable(&status),
+                    "stream {index} failed with {status:?}, which is not retryable"
+                );
                 ensure!(took < Duration::from_secs(5), "stream {index} took {took:?} to fail");
                 ensure!(!status.message().is_empty(), "stream {index} failed without a message");
                 outcome.failed += 1;
@@ -73,7 +84,11 @@ async fn fault_free(cluster: &Cluster) -> Result<Vec<Answer>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_node_costs_no_answer_and_rejoins() -> Result<()> {
-    let options = ClusterOptions { prefill: 2, decode: 2, ..ClusterOptions::pair(MODEL) };
+    let options = ClusterOptions {
+        prefill: 2,
+        decode: 2,
+        ..ClusterOptions::pair(MODEL)
+    };
     let mut cluster = Cluster::start(options).await?;
     let reference = fault_free(&cluster).await?;
     for (role, delay_ms) in [("prefill", 30), ("prefill", 120), ("decode", 60), ("decode", 400)] {
@@ -82,8 +97,15 @@ async fn a_killed_node_costs_no_answer_and_rejoins() -> Result<()> {
             _ => cluster.decode[0].kill().await,
         };
         let outcome = under_load(&mut cluster, &reference, Duration::from_millis(delay_ms), strike).await?;
-        println!("{role} killed after {delay_ms} ms: {} completed, {} failed", outcome.completed, outcome.failed);
-        ensure!(outcome.failed == 0, "a spare {role} node was there, yet {} failed", outcome.failed);
+        println!(
+            "{role} killed after {delay_ms} ms: {} completed, {} failed",
+            outcome.completed, outcome.failed
+        );
+        ensure!(
+            outcome.failed == 0,
+            "a spare {role} node was there, yet {} failed",
+            outcome.failed
+        );
         cluster.restart(role, 0).await?;
         cluster.wait_listed().await?;
         let client = cluster.client().await?;
@@ -96,16 +118,28 @@ async fn a_killed_node_costs_no_answer_and_rejoins() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_coordinator_frees_its_nodes_and_another_takes_over() -> Result<()> {
     let etcd = Etcd::start().await?;
-    let options = ClusterOptions { store: Store::Etcd(etcd.store()), ..ClusterOptions::pair(MODEL) };
+    let options = ClusterOptions {
+        store: Store::Etcd(etcd.store()),
+        ..ClusterOptions::pair(MODEL)
+    };
     let mut cluster = Cluster::start(options).await?;
     let reference = fault_free(&cluster).await?;
     let strike = async |cluster: &mut Cluster| cluster.coordinator.kill().await;
     let outcome = under_load(&mut cluster, &reference, Duration::from_millis(200), strike).await?;
-    ensure!(outcome.failed == STREAMS, "streams of a dead coordinator cannot complete");
+    ensure!(
+        outcome.failed == STREAMS,
+        "streams of a dead coordinator cannot complete"
+    );
     cluster.restart_coordinator().await?;
     cluster.wait_listed().await?;
     cluster.wait_idle(Duration::from_secs(10)).await?;
-    ensure!(fault_free(&cluster).await?.iter().zip(&reference).all(|(a, b)| a.tokens == b.tokens));
+    ensure!(
+        fault_free(&cluster)
+            .await?
+            .iter()
+            .zip(&reference)
+            .all(|(a, b)| a.tokens == b.tokens)
+    );
     Ok(())
 }
 
@@ -118,7 +152,13 @@ async fn a_killed_coordinator_with_its_own_store_leaves_nodes_that_wait_for_it()
     cluster.set_coordinator_flags(&["--store-listen", &store]);
     cluster.restart_coordinator().await?;
     cluster.wait_listed().await?;
-    ensure!(fault_free(&cluster).await?.iter().zip(&reference).all(|(a, b)| a.tokens == b.tokens));
+    ensure!(
+        fault_free(&cluster)
+            .await?
+            .iter()
+            .zip(&reference)
+            .all(|(a, b)| a.tokens == b.tokens)
+    );
     Ok(())
 }
 
@@ -130,7 +170,11 @@ async fn sigterm_ends_each_process_cleanly() -> Result<()> {
     ensure!(cluster.decode[0].terminate(limit).await? == 0);
     let gone = until("the decode node is gone from the status", limit, || async {
         let status = cluster.status().await.ok()?;
-        status.nodes.iter().all(|node| node.state != "ready" || node.node_id != "decode-0").then_some(())
+        status
+            .nodes
+            .iter()
+            .all(|node| node.state != "ready" || node.node_id != "decode-0")
+            .then_some(())
     });
     gone.await?;
     ensure!(cluster.prefill[0].terminate(limit).await? == 0);

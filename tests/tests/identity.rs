@@ -28,9 +28,16 @@ async fn asks(cluster: &Cluster, prompts: &[Prompt]) -> Result<Vec<Ask>> {
         ask.request.input = Some(prompt.input());
         if let Some(length) = prompt.tokens {
             let input = Some(TokenizeInput::Text(prompt.text.clone()));
-            let request = v1::TokenizeRequest { input, ..v1::TokenizeRequest::default() };
+            let request = v1::TokenizeRequest {
+                input,
+                ..v1::TokenizeRequest::default()
+            };
             let mut ids = client.clone().tokenize(request).await?.into_inner().tokens;
-            ensure!(ids.len() >= length, "a prompt of {} tokens cannot be cut to {length}", ids.len());
+            ensure!(
+                ids.len() >= length,
+                "a prompt of {} tokens cannot be cut to {length}",
+                ids.len()
+            );
             ids.truncate(length);
             ask = Ask::greedy_ids(ids, TOKENS);
         }
@@ -54,7 +61,11 @@ async fn run(cluster: &Cluster, asks: &[Ask], at_once: usize) -> Result<Vec<Vec<
         let Some(done) = running.join_next().await else { break };
         let (index, answer) = done?;
         let answer = answer?.with_context(|| format!("prompt {index}"))?;
-        ensure!(answer.tokens.len() == TOKENS as usize, "prompt {index} gave {} tokens", answer.tokens.len());
+        ensure!(
+            answer.tokens.len() == TOKENS as usize,
+            "prompt {index} gave {} tokens",
+            answer.tokens.len()
+        );
         outputs[index] = answer.tokens;
     }
     Ok(outputs)
@@ -63,7 +74,10 @@ async fn run(cluster: &Cluster, asks: &[Ask], at_once: usize) -> Result<Vec<Vec<
 fn compare(what: &str, reference: &[Vec<u32>], outputs: &[Vec<u32>]) -> Result<()> {
     for (index, (want, got)) in reference.iter().zip(outputs).enumerate() {
         let differs = want.iter().zip(got).position(|(a, b)| a != b);
-        ensure!(want == got, "{what}: prompt {index} differs from colocated at token {differs:?}:\n{want:?}\n{got:?}");
+        ensure!(
+            want == got,
+            "{what}: prompt {index} differs from colocated at token {differs:?}:\n{want:?}\n{got:?}"
+        );
     }
     println!("{what}: {} of {} prompts identical", outputs.len(), reference.len());
     Ok(())
@@ -78,12 +92,29 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
     let asks = asks(&colocated, &prompts).await?;
     let reference = run(&colocated, &asks, 1).await?;
     let distinct = reference.iter().collect::<HashSet<_>>().len();
-    ensure!(4 * distinct >= 3 * reference.len(), "only {distinct} of {} outputs are distinct", reference.len());
-    compare("colocated, warm prefix cache", &reference, &run(&colocated, &asks, 1).await?)?;
-    compare("colocated, eight at once", &reference, &run(&colocated, &asks, 8).await?)?;
-    let sampled: Vec<Ask> = (0..6).map(|seed| Ask::sampled("The old map showed", TOKENS, seed)).collect();
+    ensure!(
+        4 * distinct >= 3 * reference.len(),
+        "only {distinct} of {} outputs are distinct",
+        reference.len()
+    );
+    compare(
+        "colocated, warm prefix cache",
+        &reference,
+        &run(&colocated, &asks, 1).await?,
+    )?;
+    compare(
+        "colocated, eight at once",
+        &reference,
+        &run(&colocated, &asks, 8).await?,
+    )?;
+    let sampled: Vec<Ask> = (0..6)
+        .map(|seed| Ask::sampled("The old map showed", TOKENS, seed))
+        .collect();
     let drawn = run(&colocated, &sampled, 3).await?;
-    ensure!(drawn.iter().collect::<HashSet<_>>().len() >= 5, "seeds hardly matter: {drawn:?}");
+    ensure!(
+        drawn.iter().collect::<HashSet<_>>().len() >= 5,
+        "seeds hardly matter: {drawn:?}"
+    );
     colocated.wait_idle(Duration::from_secs(10)).await?;
     drop(colocated);
 
@@ -93,7 +124,11 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
         let name = format!("handed over by tcp, chunks of {chunk}");
         compare(&name, &reference, &run(&pair, &asks, 1).await?)?;
         if chunk == "64" {
-            compare("handed over, warm prefix cache", &reference, &run(&pair, &asks, 1).await?)?;
+            compare(
+                "handed over, warm prefix cache",
+                &reference,
+                &run(&pair, &asks, 1).await?,
+            )?;
             compare("handed over, sampled", &drawn, &run(&pair, &sampled, 1).await?)?;
         }
         if chunk == "512" {

@@ -70,20 +70,46 @@ async fn two_hundred_at_once_with_a_fifth_cancelled_leave_nothing_behind() -> Re
         let (index, answer) = done??;
         let Some(answer) = answer else { continue };
         answered += 1;
-        let wanted = request(index).request.sampling.and_then(|sampling| sampling.max_tokens).unwrap_or(0);
-        ensure!(answer.tokens.len() == wanted as usize, "request {index}: {} of {wanted} tokens", answer.tokens.len());
+        let wanted = request(index)
+            .request
+            .sampling
+            .and_then(|sampling| sampling.max_tokens)
+            .unwrap_or(0);
+        ensure!(
+            answer.tokens.len() == wanted as usize,
+            "request {index}: {} of {wanted} tokens",
+            answer.tokens.len()
+        );
         if let Some(same) = alone.get(index as usize) {
-            ensure!(same.tokens == answer.tokens, "request {index} gave other tokens under load");
+            ensure!(
+                same.tokens == answer.tokens,
+                "request {index} gave other tokens under load"
+            );
         }
     }
     ensure!(answered > 140, "only {answered} requests were to be answered");
 
     let after = process_figures(&cluster.wait_idle(Duration::from_secs(20)).await?);
     for (before, after) in before.iter().zip(&after) {
-        ensure!(after.1 <= before.1 + 4, "tasks leaked on {}: {} before, {} after", after.0, before.1, after.1);
-        ensure!(after.2 <= before.2 + 8, "files leaked on {}: {} before, {} after", after.0, before.2, after.2);
+        ensure!(
+            after.1 <= before.1 + 4,
+            "tasks leaked on {}: {} before, {} after",
+            after.0,
+            before.1,
+            after.1
+        );
+        ensure!(
+            after.2 <= before.2 + 8,
+            "files leaked on {}: {} before, {} after",
+            after.0,
+            before.2,
+            after.2
+        );
     }
-    println!("{answered} answered, {} cancelled; (process, tasks, files) {before:?} then {after:?}", REQUESTS - answered);
+    println!(
+        "{answered} answered, {} cancelled; (process, tasks, files) {before:?} then {after:?}",
+        REQUESTS - answered
+    );
     Ok(())
 }
 

@@ -62,7 +62,9 @@ impl BlockHashChain {
         field(&mut hasher, format!("{:?}", scope.dtype).as_bytes());
         field(&mut hasher, scope.adapter.as_bytes());
         field(&mut hasher, scope.salt.as_bytes());
-        Self { state: *hasher.finalize().as_bytes() }
+        Self {
+            state: *hasher.finalize().as_bytes(),
+        }
     }
 
     /// Moves over one full block of token ids and gives its identity.
@@ -82,7 +84,10 @@ impl BlockHashChain {
     /// The identities of all full blocks of `tokens`; a partial block has none.
     pub fn full_blocks(scope: &CacheScope, tokens: &[u32], block_tokens: usize) -> Vec<BlockHash> {
         let mut chain = Self::new(scope);
-        tokens.chunks_exact(block_tokens).map(|block| chain.push_block(block)).collect()
+        tokens
+            .chunks_exact(block_tokens)
+            .map(|block| chain.push_block(block))
+            .collect()
     }
 }
 

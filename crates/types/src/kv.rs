@@ -88,7 +88,11 @@ impl KvGeometry {
             ("layers", self.layers.to_string(), theirs.layers.to_string()),
             ("kv_heads", self.kv_heads.to_string(), theirs.kv_heads.to_string()),
             ("head_dim", self.head_dim.to_string(), theirs.head_dim.to_string()),
-            ("block_tokens", self.block_tokens.to_string(), theirs.block_tokens.to_string()),
+            (
+                "block_tokens",
+                self.block_tokens.to_string(),
+                theirs.block_tokens.to_string(),
+            ),
             ("dtype", format!("{:?}", self.dtype), format!("{:?}", theirs.dtype)),
         ];
         match fields.into_iter().find(|(_, ours, theirs)| ours != theirs) {
@@ -119,7 +123,13 @@ pub struct BlockCounts {
 mod tests {
     use super::*;
 
-    const SMOL: KvGeometry = KvGeometry { layers: 30, kv_heads: 3, head_dim: 64, block_tokens: 16, dtype: KvDtype::F16 };
+    const SMOL: KvGeometry = KvGeometry {
+        layers: 30,
+        kv_heads: 3,
+        head_dim: 64,
+        block_tokens: 16,
+        dtype: KvDtype::F16,
+    };
 
     #[test]
     fn sizes_of_a_known_model() {
@@ -132,7 +142,10 @@ mod tests {
 
     #[test]
     fn a_mismatch_names_its_field() {
-        let other = KvGeometry { block_tokens: 32, ..SMOL };
+        let other = KvGeometry {
+            block_tokens: 32,
+            ..SMOL
+        };
         assert_eq!(SMOL.check_same(&other).map_err(|e| e.field), Err("block_tokens"));
         assert_eq!(SMOL.check_same(&SMOL), Ok(()));
     }

@@ -14,7 +14,9 @@ mod sampling;
 pub use arena::{ArenaView, OutOfArena};
 pub use block_hash::{BlockHash, BlockHashChain, CacheScope, NumericsId};
 pub use budget::Budget;
-pub use id::{Attempt, BlockId, Epoch, Instance, ModelFingerprint, NodeId, ParseIdError, RequestId, Ticket, fill_random};
+pub use id::{
+    Attempt, BlockId, Epoch, Instance, ModelFingerprint, NodeId, ParseIdError, RequestId, Ticket, fill_random,
+};
 pub use kv::{BlockCounts, GeometryMismatch, KvDtype, KvGeometry};
 pub use request::{FinishReason, NodeRole, NodeState, TokenLogprobs, Work};
 pub use sampling::{InvalidSampling, SamplingParams};

@@ -70,13 +70,26 @@ impl SamplingParams {
     /// The first parameter that is out of its range, by name.
     pub fn validate(&self) -> Result<(), InvalidSampling> {
         let within = |field, value: f32, ok: bool, range| {
-            if ok { Ok(()) } else { Err(InvalidSampling { field, value: value.to_string(), range }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(InvalidSampling {
+                    field,
+                    value: value.to_string(),
+                    range,
+                })
+            }
         };
         let t = self.temperature;
         within("temperature", t, (0.0..=2.0).contains(&t), "between 0 and 2")?;
         let p = self.top_p;
         within("top_p", p, p > 0.0 && p <= 1.0, "above 0 and at most 1")?;
-        within("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1")?;
+        within(
+            "min_p",
+            self.min_p,
+            (0.0..=1.0).contains(&self.min_p),
+            "between 0 and 1",
+        )?;
         let r = self.repetition_penalty;
         within("repetition_penalty", r, r > 0.0 && r <= 2.0, "above 0 and at most 2")?;
         let p = self.presence_penalty;
@@ -84,7 +97,12 @@ impl SamplingParams {
         let f = self.frequency_penalty;
         within("frequency_penalty", f, (-2.0..=2.0).contains(&f), "between -2 and 2")?;
         for (_, bias) in &self.logit_bias {
-            within("logit_bias", *bias, (-100.0..=100.0).contains(bias), "between -100 and 100")?;
+            within(
+                "logit_bias",
+                *bias,
+                (-100.0..=100.0).contains(bias),
+                "between -100 and 100",
+            )?;
         }
         let n = self.logprobs.unwrap_or(0);
         within("logprobs", n as f32, n <= 20, "at most 20")?;
