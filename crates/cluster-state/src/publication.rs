@@ -5,10 +5,14 @@
 
 use crate::keys::nodes;
 use crate::{NodeRecord, RegisterError, Store, StoreError};
+use baton_node_runtime::Moment;
 use etcd_client::{Compare, CompareOp, Error, PutOptions, Txn, TxnOp};
+use std::time::Duration;
 
 /// How often a pass reads again because somebody wrote between its read and its write.
 const CONFLICTS_MAX: usize = 5;
+/// How much longer than its lease a dead process's record is waited for.
+const VIGIL_GRACE: Duration = Duration::from_secs(2);
 
 /// A node's lease, and how to bring its record to stand under it.
 pub(crate) struct Publication {
@@ -62,13 +66,15 @@ impl Publication {
         }
     }
 
-    /// How many seconds another process's lease has left; `None` where it has ended.
-    pub(crate) async fn seconds_left(&self, lease: i64) -> Result<Option<i64>, StoreError> {
-        let answer = self
-            .store
-            .call(|client| async move { client.lease_client().time_to_live(lease, None).await })
-            .await?;
-        Ok(Some(answer.ttl()).filter(|seconds| *seconds >= 0))
+    /// What is left of another process's lease; `None` where it has ended.
+    pub(crate) async fn remainder(&self, lease: i64) -> Result<Option<Remainder>, StoreError> {
+        let ask = |client: etcd_client::Client| async move { client.lease_client().time_to_live(lease, None).await };
+        let answer = self.store.call(ask).await?;
+        let granted = Duration::from_secs(answer.granted_ttl().unsigned_abs());
+        Ok((answer.ttl() >= 0).then_some(Remainder {
+            left_seconds: answer.ttl(),
+            granted,
+        }))
     }
 
     async fn live_lease(&mut self) -> Result<i64, StoreError> {
@@ -149,30 +155,36 @@ impl Publication {
     }
 }
 
+/// A lease as the store describes it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Remainder {
+    pub(crate) left_seconds: i64,
+    pub(crate) granted: Duration,
+}
+
 /// Decides whether the process whose record stands under a name lives: its lease is renewed, or does not end in time.
 ///
-/// A process that was killed leaves its record until its lease ends; its successor waits for that instead of giving up.
+/// A process that was killed leaves its record until its lease ends; its successor waits for that instead of giving up. A
+/// store renews every lease once when it restarts or changes its leader, so one renewal proves nothing.
+#[derive(Debug, Default)]
 pub(crate) struct Vigil {
-    last_left: Option<i64>,
+    left_seconds: Option<i64>,
     renewals: u32,
+    ends: Option<Moment>,
 }
 
 impl Vigil {
-    pub(crate) fn new() -> Self {
-        Self {
-            last_left: None,
-            renewals: 0,
-        }
-    }
-
-    /// Takes in what is left of the lease; true once the other is known to live. One renewal may be the store's own, after
-    /// its restart.
-    pub(crate) fn lives(&mut self, left: i64) -> bool {
-        if self.last_left.is_some_and(|last| left > last) {
-            self.renewals += 1;
-        }
-        self.last_left = Some(left);
-        self.renewals >= 2
+    /// Takes in what is left of the lease; true once the other is known to live.
+    pub(crate) fn lives(&mut self, lease: Remainder, now: Moment) -> bool {
+        let renewed = self.left_seconds.is_some_and(|before| lease.left_seconds > before);
+        self.left_seconds = Some(lease.left_seconds);
+        self.renewals += u32::from(renewed);
+        let ends = self
+            .ends
+            .filter(|_| !renewed)
+            .unwrap_or(now + lease.granted + VIGIL_GRACE);
+        self.ends = Some(ends);
+        self.renewals >= 2 || now > ends
     }
 }
 
@@ -188,12 +200,27 @@ impl Occupant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use baton_node_runtime::Clock;
 
-    #[test]
-    fn only_repeated_renewals_prove_life() {
-        let mut dead = Vigil::new();
-        assert!(![9, 9, 8, 7, 10, 9, 8, 2, 1, 0].into_iter().any(|left| dead.lives(left)));
-        let mut alive = Vigil::new();
-        assert!([9, 8, 7, 9, 8, 7, 9].into_iter().any(|left| alive.lives(left)));
+    fn verdict(left: &[i64]) -> bool {
+        let start = Clock::new().now();
+        let mut vigil = Vigil::default();
+        left.iter().zip(0..).any(|(left, second)| {
+            let lease = Remainder {
+                left_seconds: *left,
+                granted: Duration::from_secs(10),
+            };
+            vigil.lives(lease, start + Duration::from_secs(second))
+        })
+    }
+
+    #[tokio::test]
+    async fn only_repeated_renewals_prove_life() {
+        assert!(!verdict(&[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0]));
+        assert!(verdict(&[9, 8, 7, 9, 8, 7, 9]));
+        // The store restarted once.
+        assert!(!verdict(&[9, 8, 7, 6, 5, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0]));
+        // Renewed too often to be seen, or never ending.
+        assert!(verdict(&[9; 14]));
     }
 }

@@ -11,8 +11,6 @@ use tokio::sync::{oneshot, watch};
 
 /// Between looks at the lease of another process that has our name.
 const VIGIL_PAUSE: Duration = Duration::from_millis(250);
-/// How much longer than its lease a dead process's record is waited for.
-const VIGIL_GRACE: Duration = Duration::from_secs(2);
 /// The longest pause between attempts while the store does not answer.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// How long [`Registration::update`] waits for the store.
@@ -75,25 +73,26 @@ impl Store {
     async fn publish_first(&self, publication: &mut Publication, record: &NodeRecord) -> Result<(), RegisterError> {
         let clock = self.clock();
         let mut backoff = Backoff::new(BACKOFF_MAX);
-        let mut vigil = Vigil::new();
-        let mut vigil_ends = None;
+        let mut vigil: Option<Vigil> = None;
         loop {
             let pause = match publication.pass(record).await {
                 Ok(Outcome::Published) => return Ok(()),
                 Ok(Outcome::Occupied(occupant)) => {
-                    let ends = *vigil_ends.get_or_insert_with(|| {
+                    if vigil.is_none() {
                         let (node_id, by) = (&record.node_id, occupant.record.instance);
                         tracing::info!(%node_id, %by, "name is held by another process, waiting for its lease to end");
-                        clock.now() + self.options().lease_ttl + VIGIL_GRACE
-                    });
-                    let left = publication.seconds_left(occupant.lease).await;
-                    let lives = matches!(left, Ok(Some(left)) if vigil.lives(left));
-                    if occupant.lease == 0 || lives || clock.now() > ends {
+                    }
+                    let vigil = vigil.get_or_insert_default();
+                    let lease = publication.remainder(occupant.lease).await;
+                    let lives = matches!(lease, Ok(Some(lease)) if vigil.lives(lease, clock.now()));
+                    if occupant.lease == 0 || lives {
                         return Err(occupant.refusal());
                     }
                     VIGIL_PAUSE
                 }
                 Err(error) if error.is_retryable() => {
+                    // While the store was away, nobody could renew anything.
+                    vigil = None;
                     let pause = backoff.pause();
                     tracing::warn!(%error, ?pause, "node cannot register yet");
                     pause

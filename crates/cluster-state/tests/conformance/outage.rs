@@ -18,6 +18,7 @@ on_both!(
     a_node_cut_off_for_longer_than_its_lease_comes_back,
     a_name_taken_meanwhile_is_not_taken_back,
     registering_waits_for_a_store_that_is_away,
+    a_dead_nodes_name_is_free_even_where_a_restart_renewed_its_lease,
 );
 
 async fn through(proxy: &Proxy) -> Store {
@@ -219,4 +220,18 @@ async fn registering_waits_for_a_store_that_is_away(backend: Backend) {
         backend.client().await.get(key, None).await.unwrap().kvs()[0].lease() != lease
     })
     .await;
+}
+
+async fn a_dead_nodes_name_is_free_even_where_a_restart_renewed_its_lease(mut backend: Backend) {
+    let store = backend.store().await;
+    drop(store.register(record("a")).await.unwrap());
+    let successor = record("a");
+    let instance = successor.instance;
+    let registering = tokio::spawn(async move { store.register(successor).await });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    backend.stop().await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    backend.start().await;
+    let node = soon("the registration", registering).await.unwrap().unwrap();
+    assert_eq!(node.record().instance, instance);
 }
