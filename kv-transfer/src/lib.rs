@@ -15,6 +15,13 @@ mod options;
 mod session;
 pub mod transport;
 
+/// The nodes of the integration tests, for those unit tests that need whole endpoints too.
+#[cfg(test)]
+#[path = "../tests/nodes/mod.rs"]
+mod nodes;
+#[cfg(test)]
+extern crate self as baton_kv_transfer;
+
 pub use arena::{Arena, ArenaError};
 pub use endpoint::{
     DestinationBlocks, Endpoint, ExpectSpec, Granted, HandoverReport, Incoming, IncomingEvent, Outgoing, OutgoingSpec,

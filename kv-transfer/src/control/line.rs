@@ -213,7 +213,7 @@ mod tests {
             );
         }
         // Keep-alives carry it over a long pause.
-        clock.sleep(Duration::from_secs(100)).await;
+        clock.sleep(Duration::from_secs(101)).await;
         assert!(!a.is_closed() && !b.is_closed());
         b.close();
         task_b.await.unwrap();

@@ -95,7 +95,9 @@ impl Acceptor {
             }
         };
         let reason = tokio::select! {
-            () = self.stop.cancelled() => "this endpoint is shutting down".to_owned(),
+            biased;
+            // What becomes of this sender's hand-overs is for the endpoint's end to say.
+            () = self.stop.cancelled() => return line.close(),
             reason = run(stream, running, self.clock, heard) => reason,
         };
         tracing::info!(peer = %remote.node, reason, "sender disconnected");

@@ -94,6 +94,14 @@ impl Links {
         Ok(link)
     }
 
+    /// Ends every hand-over that is being made.
+    pub(super) fn close(&self) {
+        let links: Vec<LinkState> = self.book().values().map(|link| link.borrow().clone()).collect();
+        for link in links.into_iter().flatten().flatten() {
+            link.lose(&TransferError::ShuttingDown);
+        }
+    }
+
     async fn make(self: Arc<Self>, peer: Peer, state: watch::Sender<LinkState>) {
         let connected = tokio::select! {
             biased;
@@ -124,6 +132,7 @@ impl Links {
         });
         state.send_replace(Some(Ok(Arc::clone(&link))));
         let reason = tokio::select! {
+            biased;
             () = self.parts.stop.cancelled() => None,
             reason = run(stream, running, self.parts.clock, |spoken| link.hear(spoken)) => Some(reason),
         };

@@ -9,6 +9,8 @@ mod outgoing;
 mod receiving;
 mod sending;
 mod service;
+#[cfg(test)]
+mod silent_tests;
 mod stats;
 
 pub use blocks::{DestinationBlocks, QuarantinedBlocks, ReservedBlocks};

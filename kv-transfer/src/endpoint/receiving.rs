@@ -117,7 +117,9 @@ impl Receiving {
         let now = self.clock.now().saturating_since(self.started);
         let mut core = self.lock();
         let result = bring(&mut core.machine, now);
-        self.perform_all(&mut core, now);
+        if self.perform_all(&mut core, now) {
+            self.counters.received_state(&core.machine);
+        }
         let garbage = std::mem::take(&mut core.garbage);
         drop(core);
         drop(garbage);
@@ -126,6 +128,7 @@ impl Receiving {
 
     pub(super) fn event(&self, event: Event) {
         self.with(|machine, now| machine.handle(now, event));
+        self.counters.received_state(&self.lock().machine);
     }
 
     /// Blocks became free. Callable from anywhere, even from within the block pool's own calls.
@@ -322,7 +325,8 @@ impl Receiving {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn perform_all(&self, core: &mut Core, now: Duration) {
+    /// Says whether there was anything to perform.
+    fn perform_all(&self, core: &mut Core, now: Duration) -> bool {
         let mut changed = false;
         loop {
             let effects = core.machine.take_effects();
@@ -334,13 +338,11 @@ impl Receiving {
                 self.perform(core, now, effect);
             }
         }
-        if changed {
-            self.counters.received_state(&core.machine);
-        }
         if core.machine.next_tick() < core.armed {
             core.armed = core.machine.next_tick();
             self.wake.notify_one();
         }
+        changed
     }
 
     fn perform(&self, core: &mut Core, now: Duration, effect: Effect) {

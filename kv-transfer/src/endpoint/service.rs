@@ -15,7 +15,6 @@ use baton_types::{ArenaView, Epoch, Instance};
 use futures::future::join_all;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
@@ -34,7 +33,6 @@ struct Service {
     peer: Peer,
     receiving: Arc<Receiving>,
     links: Arc<Links>,
-    sending: Arc<AtomicUsize>,
     counters: Arc<Counters>,
     clock: Clock,
     supervisor: Supervisor,
@@ -137,6 +135,7 @@ impl Endpoint {
         supervisor.spawn("transfer-accept", tracker.track_future(acceptor.run(listener)));
         let keeper = Keeper {
             receiving: Arc::clone(&receiving),
+            links: Arc::clone(&links),
             transports,
             clock,
             supervisor: supervisor.clone(),
@@ -145,14 +144,12 @@ impl Endpoint {
         };
         supervisor.spawn("transfer-keeper", tracker.track_future(keeper.run()));
         tracing::info!(addresses = ?peer.addresses, "ready for hand-overs");
-        let sending = Arc::new(AtomicUsize::new(0));
         let service = Service {
             options,
             identity,
             peer,
             receiving,
             links,
-            sending,
             counters,
             clock,
             supervisor,
@@ -189,12 +186,10 @@ impl Endpoint {
             counters: Arc::clone(&service.counters),
         }));
         let limit = service.options.handovers_max;
-        let count = Counted::new(&service.sending, &service.counters);
-        let refused = match count.0.load(Ordering::Relaxed) {
-            n if n > limit => Some(TransferError::TooMany {
-                what: "hand-overs",
-                limit,
-            }),
+        let before = service.counters.sending_begins();
+        let count = Counted(Arc::clone(&service.counters));
+        let refused = match before {
+            n if n >= limit => Some(TransferError::TooMany { what: "hand-overs", limit }),
             _ if service.stop.is_cancelled() => Some(TransferError::ShuttingDown),
             _ => None,
         };
@@ -305,26 +300,18 @@ async fn start_transport(
 }
 
 /// One hand-over being made, for as long as its task lives.
-struct Counted(Arc<AtomicUsize>, Arc<Counters>);
-
-impl Counted {
-    fn new(count: &Arc<AtomicUsize>, counters: &Arc<Counters>) -> Self {
-        let now = count.fetch_add(1, Ordering::Relaxed) + 1;
-        counters.sending(now);
-        Self(Arc::clone(count), Arc::clone(counters))
-    }
-}
+struct Counted(Arc<Counters>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let before = self.0.fetch_sub(1, Ordering::Relaxed);
-        self.1.sending(before.saturating_sub(1));
+        self.0.sending_ends();
     }
 }
 
 /// The task that watches the receiver's time, destroys connections for it, and ends everything at last.
 struct Keeper {
     receiving: Arc<Receiving>,
+    links: Arc<Links>,
     transports: Vec<Arc<dyn Transport>>,
     clock: Clock,
     supervisor: Supervisor,
@@ -346,6 +333,8 @@ impl Keeper {
                 () = self.clock.sleep_until(next) => {}
             }
         }
+        // The machines hear of the end before they would see it as a failure of connections.
+        self.links.close();
         self.receiving.close();
         join_all(self.transports.iter().map(|transport| transport.shutdown())).await;
         self.receiving.nothing_writes();

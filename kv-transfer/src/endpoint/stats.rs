@@ -100,8 +100,17 @@ impl Counters {
         }
     }
 
-    pub(super) fn sending(&self, handovers: usize) {
-        gauge!("baton_transfer_sending_handovers").set(handovers as f64);
-        self.lock().handovers_out = handovers;
+    /// A hand-over begins to be made; gives how many there were.
+    pub(super) fn sending_begins(&self) -> usize {
+        let mut stats = self.lock();
+        stats.handovers_out += 1;
+        gauge!("baton_transfer_sending_handovers").set(stats.handovers_out as f64);
+        stats.handovers_out - 1
+    }
+
+    pub(super) fn sending_ends(&self) {
+        let mut stats = self.lock();
+        stats.handovers_out -= 1;
+        gauge!("baton_transfer_sending_handovers").set(stats.handovers_out as f64);
     }
 }

@@ -357,7 +357,11 @@ impl Node {
                 stats.quarantined_blocks,
             ) == (0, 0, 0, 0, 0)
         };
-        until("the endpoint is idle", idle).await;
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while !idle() {
+            assert!(tokio::time::Instant::now() < deadline, "never idle: {:?}", self.endpoint.stats());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Ends the node, and finds nothing left of it.
