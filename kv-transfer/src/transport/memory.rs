@@ -77,6 +77,7 @@ struct Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         self.stop.cancel();
+        self.writers.stop();
         // Only its own name: after a shutdown another may have taken it.
         let mut names = self.network.names();
         if names
@@ -88,7 +89,7 @@ impl Drop for Shared {
     }
 }
 
-/// The memory transport of one node.
+/// The memory transport of one node. Dropped without `shutdown`, it ends all connections by and by.
 pub struct MemoryTransport(Arc<Shared>);
 
 impl MemoryTransport {

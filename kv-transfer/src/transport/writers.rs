@@ -101,12 +101,16 @@ impl Writers {
         }
     }
 
+    /// Lets nobody in any more, and begins to end all connections.
+    pub(super) fn stop(&self) {
+        let book = self.book();
+        self.stop.cancel();
+        book.living.values().for_each(|living| living.stop.cancel());
+    }
+
     /// Lets nobody in any more, and ends all connections.
     pub(super) async fn shutdown(&self) {
-        {
-            let _book = self.book();
-            self.stop.cancel();
-        }
+        self.stop();
         self.disconnect(None).await;
     }
 

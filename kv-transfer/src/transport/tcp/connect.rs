@@ -2,7 +2,7 @@
 
 use super::listen::Shared;
 use super::send::{Outbox, Sender};
-use super::wire::{HELLO_BYTES, Hello, Verdict, WireError};
+use super::wire::{HELLO_BYTES, Hello, VERSION_BYTES, Verdict, WireError, check_version};
 use crate::transport::lanes::{LANES_MAX, LaneOptions, LanePath};
 use crate::transport::local::check_same;
 use crate::transport::{ConnectError, Path};
@@ -82,6 +82,21 @@ pub(super) async fn connect(shared: &Shared, wanted: Instance, address: &str) ->
     Ok(Arc::new(path))
 }
 
+/// Reads a hello. One of another version may have another length: only its first bytes are awaited.
+///
+/// # Errors
+/// Outside: what the system says. Inside: what is wrong with what came.
+pub(super) async fn read_hello(stream: &mut TcpStream) -> io::Result<Result<Hello, WireError>> {
+    let mut bytes = [0; HELLO_BYTES];
+    let (version, rest) = bytes.split_at_mut(VERSION_BYTES);
+    stream.read_exact(version).await?;
+    if let Err(error) = check_version(version) {
+        return Ok(Err(error));
+    }
+    stream.read_exact(rest).await?;
+    Ok(Hello::decode(&bytes))
+}
+
 /// One connection that both ends agree on; whether payloads carry checksums.
 async fn handshake(
     shared: &Shared,
@@ -102,9 +117,7 @@ async fn handshake(
     let ours = &shared.local.identity;
     let asking = Hello::new(ours, wanted, shared.options.crc, Verdict::Asking);
     stream.write_all(&asking.encode()).await.map_err(unreachable)?;
-    let mut answer = [0; HELLO_BYTES];
-    stream.read_exact(&mut answer).await.map_err(unreachable)?;
-    let theirs = match Hello::decode(&answer) {
+    let theirs = match read_hello(&mut stream).await.map_err(unreachable)? {
         Ok(theirs) => theirs,
         Err(WireError::Major { theirs }) => {
             let (ours, theirs) = (WIRE_MAJOR.to_string(), theirs.to_string());

@@ -319,7 +319,8 @@ async fn strangers_are_not_let_in() {
     let victim = Victim::patient().await;
     let mut stranger = victim.dial().await;
     stranger.write_all(&[b'G'; HELLO_BYTES]).await.unwrap();
-    assert_eq!(stranger.read(&mut [0]).await.unwrap(), 0);
+    // Without a word: with what it sent unread, that is a reset.
+    assert!(matches!(stranger.read(&mut [0]).await, Ok(0) | Err(_)));
 
     let answered = async |hello: [u8; HELLO_BYTES]| {
         let mut stream = victim.dial().await;

@@ -1,6 +1,6 @@
 //! The transport itself: its listener, the receiver's end of the handshake, and its end.
 
-use super::connect::{connect, tune};
+use super::connect::{connect, read_hello, tune};
 use super::receive::{Receiver, Socket};
 use super::wire::{HELLO_BYTES, Hello, Verdict, WireError};
 use crate::transport::local::check_same;
@@ -56,12 +56,13 @@ pub(super) struct Shared {
     address: String,
 }
 
-/// The tcp transport of one process. Dropped without `shutdown`, it stops listening and ends its paths by and by.
+/// The tcp transport of one process. Dropped without `shutdown`, it stops listening and ends all connections by and by.
 pub struct TcpTransport(Arc<Shared>);
 
 impl Drop for TcpTransport {
     fn drop(&mut self) {
         self.0.stop.cancel();
+        self.0.writers.stop();
     }
 }
 
@@ -178,13 +179,11 @@ async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, permit:
 async fn shake(shared: &Shared, mut stream: TcpStream) -> Result<Receiver, &'static str> {
     let options = &shared.options;
     tune(&stream, options.progress_timeout).map_err(|_| "its socket options cannot be set")?;
-    let mut asking = [0; HELLO_BYTES];
-    stream
-        .read_exact(&mut asking)
+    let asking = read_hello(&mut stream)
         .await
         .map_err(|_| "it closed before it said who it is")?;
     let ours = &shared.local.identity;
-    let (to, judged) = match Hello::decode(&asking) {
+    let (to, judged) = match asking {
         Ok(hello) => (
             hello.from,
             judge(shared, &hello).map(|entry| (entry, options.crc || hello.crc)),
@@ -200,7 +199,15 @@ async fn shake(shared: &Shared, mut stream: TcpStream) -> Result<Receiver, &'sta
         .map_or_else(|(verdict, _)| *verdict, |_| Verdict::Accepted);
     let answer = Hello::new(ours, to, options.crc, verdict);
     let told = stream.write_all(&answer.encode()).await;
-    let (entry, crc) = judged.map_err(|(_, reason)| reason)?;
+    let (entry, crc) = match judged {
+        Ok(judged) => judged,
+        Err((_, reason)) => {
+            // What it sent and nobody read would make the system throw our answer away with the connection.
+            let _ = stream.shutdown().await;
+            let _ = stream.read(&mut [0; HELLO_BYTES]).await;
+            return Err(reason);
+        }
+    };
     let socket = Socket {
         stream,
         clock: shared.local.clock,

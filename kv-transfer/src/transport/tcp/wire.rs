@@ -29,6 +29,8 @@ pub(super) const DESCRIPTOR_BYTES: usize = 20;
 pub(super) const PREFIX_BYTES: usize = HEADER_BYTES + DESCRIPTOR_BYTES;
 /// Most extents in one frame.
 pub(super) const EXTENTS_MAX: usize = 1000;
+/// Magic and major version.
+pub(super) const VERSION_BYTES: usize = 12;
 /// Bytes of a [`Hello`].
 pub(super) const HELLO_BYTES: usize = 88;
 
@@ -121,16 +123,13 @@ impl Hello {
     }
 
     /// # Errors
-    /// Whatever is no hello of this major version. The magic and the version stand at the same place in all versions.
+    /// Whatever is no hello of this major version.
     pub(super) fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, WireError> {
-        let mut take = Take { bytes, at: 0 };
-        if take.array::<8>() != MAGIC {
-            return Err(WireError::Magic);
-        }
-        let theirs = take.u32();
-        if theirs != WIRE_MAJOR {
-            return Err(WireError::Major { theirs });
-        }
+        check_version(&bytes[..VERSION_BYTES])?;
+        let mut take = Take {
+            bytes,
+            at: VERSION_BYTES,
+        };
         check("hello length", take.u32(), |len| len as usize == HELLO_BYTES)?;
         if crc32c(&bytes[..HELLO_BYTES - 4]).to_le_bytes() != bytes[HELLO_BYTES - 4..] {
             return Err(WireError::Checksum { part: "hello" });
@@ -172,6 +171,21 @@ impl Hello {
             crc: crc != 0,
             verdict,
         })
+    }
+}
+
+/// Checks the first [`VERSION_BYTES`] of a hello, which mean the same in all versions.
+///
+/// # Errors
+/// What is none of Baton's, or of another major version.
+pub(super) fn check_version(bytes: &[u8]) -> Result<(), WireError> {
+    let mut take = Take { bytes, at: 0 };
+    if take.array::<8>() != MAGIC {
+        return Err(WireError::Magic);
+    }
+    match take.u32() {
+        WIRE_MAJOR => Ok(()),
+        theirs => Err(WireError::Major { theirs }),
     }
 }
 
