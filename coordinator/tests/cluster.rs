@@ -1,5 +1,7 @@
 //! Who serves, what is listed, and how a coordinator ends.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use baton_proto::v1;

@@ -1,5 +1,7 @@
 //! Requests through a coordinator whose nodes do as they are told.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use baton_proto::v1;

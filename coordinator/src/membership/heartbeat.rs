@@ -48,8 +48,17 @@ async fn listen_once(new: &NewMember, options: &HeartbeatOptions, card_failed: &
         Err(elapsed) => return elapsed.to_string(),
     };
     let silence_max = options.interval * SILENT_INTERVALS;
+    let mut changes = options.members.changes();
     loop {
-        let beat = match options.clock.timeout(silence_max, beats.message()).await {
+        let beat = tokio::select! {
+            beat = options.clock.timeout(silence_max, beats.message()) => beat,
+            // A node speaks before its record names its model; then its card need not wait for the next beat.
+            _ = changes.changed(), if !options.members.has_model_of(&new.node) => {
+                bring_card(&new.node, options, card_failed).await;
+                continue;
+            }
+        };
+        let beat = match beat {
             Ok(Ok(Some(beat))) => beat,
             Ok(Ok(None)) => return "it closed its heartbeat".to_owned(),
             Ok(Err(status)) => return status.message().to_owned(),

@@ -345,6 +345,14 @@ impl Members {
         (fits && state.models.get(&wanted.model)?.model.is_none()).then_some(wanted)
     }
 
+    /// The card of this node's model is known.
+    pub(super) fn has_model_of(&self, node: &Node) -> bool {
+        let mut state = self.lock();
+        let name = state.member_mut(node).map(|member| member.record.model.clone());
+        name.and_then(|name| state.models.get(&name))
+            .is_some_and(|entry| entry.model.is_some())
+    }
+
     /// A card came; it stands unless the model has become another one meanwhile.
     pub(super) fn set_model(&self, name: &str, model: Model) {
         self.change(|state, _| {
