@@ -291,8 +291,7 @@ impl DecodeRequest {
                     IncomingEvent::Granted { .. } | IncomingEvent::FirstBlock => {}
                     IncomingEvent::AttemptFailed { attempt, error } => {
                         let request_id = self.work.request_id;
-                        tracing::info!(%request_id, attempt = attempt.0, %error, "hand-over failed");
-                        self.host.note_error(&error);
+                        tracing::debug!(%request_id, attempt = attempt.0, %error, "hand-over failed");
                         let told = work::transfer_failed(&error, HandoverEnd::Receiver);
                         failure = Some((clock.now() + FAILURE_GRACE, told));
                     }
@@ -305,6 +304,7 @@ impl DecodeRequest {
                 },
                 () = clock.sleep_until(due), if failure.is_some() => {
                     if let Some((_, told)) = failure.take() {
+                        self.host.note_error(&told.message);
                         self.tell(Event::Failed(told)).await?;
                     }
                 }

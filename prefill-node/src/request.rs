@@ -92,7 +92,9 @@ impl PrefillRequest {
                 (Outcome::Failed, Some(work::sequence_failed(&error)))
             }
             Err(End::Transfer(error)) => {
-                host.note_error(&error);
+                if !is_given_up(&error) {
+                    host.note_error(&error);
+                }
                 (
                     Outcome::Failed,
                     Some(work::transfer_failed(&error, HandoverEnd::Sender)),
@@ -102,7 +104,7 @@ impl PrefillRequest {
         outcome.count(role);
         tracing::debug!(%request_id, outcome = outcome.name(), "prefill ended");
         if let Some(failed) = failed {
-            tracing::info!(%request_id, code = failed.code, error = failed.message, "prefill failed");
+            tracing::debug!(%request_id, code = failed.code, error = failed.message, "prefill failed");
             // A full channel is one that nobody reads: its reader is as good as gone.
             let _ = out.try_send(Ok(v1::PrefillEvent {
                 event: Some(Event::Failed(failed)),
@@ -240,6 +242,18 @@ impl PrefillRequest {
         }))
         .await
     }
+}
+
+/// Somebody gave the hand-over up, which is how cancelled requests end: no error of this node.
+fn is_given_up(error: &TransferError) -> bool {
+    matches!(
+        error,
+        TransferError::Aborted { .. }
+            | TransferError::Fenced
+            | TransferError::AlreadyCommitted
+            | TransferError::UnknownTicket
+            | TransferError::Deadline
+    )
 }
 
 fn as_us(duration: std::time::Duration) -> u64 {

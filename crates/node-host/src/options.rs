@@ -109,6 +109,15 @@ pub struct NodeOptions {
     /// Requests that may be computed at once [default: 32 on a prefill node, 256 on a decode node]
     #[arg(long, value_name = "COUNT", help_heading = "Scheduling")]
     pub running: Option<usize>,
+    /// A hand-over that makes no progress for this long gives its blocks back; longer than one chunk takes
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = parse_duration,
+        default_value = "30s",
+        help_heading = "Scheduling"
+    )]
+    pub reservation_lease: Duration,
     /// How long running requests may take once the node is told to end
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "30s", help_heading = "Scheduling")]
     pub drain_timeout: Duration,
@@ -206,6 +215,7 @@ impl NodeOptions {
         EndpointOptions {
             listen: self.transfer_listen,
             advertise: self.advertise.clone(),
+            reservation_lease: self.reservation_lease,
             ..EndpointOptions::default()
         }
     }

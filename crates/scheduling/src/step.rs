@@ -74,7 +74,7 @@ fn chunk(candidate: &Candidate, most: usize, block_tokens: usize) -> usize {
 /// One sequence that waits for blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiter {
-    /// It was running and gave way: it goes before those that never ran.
+    /// It was running, gave way and could go on: it goes before those that never ran.
     pub preempted: bool,
     /// What is left of its time.
     pub time_left: Duration,
@@ -92,6 +92,19 @@ pub fn next_in(waiters: &[Waiter]) -> Option<usize> {
         .map(|(index, _)| index)
 }
 
+/// Whether a waiter is let in now: where the prompts at hand do not fill the next chunk, or its deadline comes before
+/// theirs, or it gave way before. Else it keeps waiting, so that blocks here and reservations elsewhere are taken late.
+pub fn lets_in(candidates: &[Candidate], waiter: &Waiter, limits: &StepLimits) -> bool {
+    let at_hand = || {
+        candidates
+            .iter()
+            .filter(|c| !c.held_back && !c.decoding && c.computed < c.known)
+    };
+    let tokens: usize = at_hand().map(|c| c.known - c.computed).sum();
+    let earliest = at_hand().map(|c| c.time_left).min();
+    waiter.preempted || tokens < limits.chunk_tokens || earliest.is_some_and(|earliest| waiter.time_left < earliest)
+}
+
 /// Who gives its blocks back so that another can go on: the newest one.
 pub fn gives_way(candidates: &[Candidate]) -> Option<usize> {
     candidates
@@ -101,13 +114,14 @@ pub fn gives_way(candidates: &[Candidate]) -> Option<usize> {
         .map(|(index, _)| index)
 }
 
-/// Who gives its blocks back so that a waiter with `time_left` can be let in: among those held back, the one with the most
-/// time left, and only where that is more than the waiter's.
-pub fn gives_way_to(candidates: &[Candidate], time_left: Duration) -> Option<usize> {
+/// Who gives its blocks back so that a waiter can be let in: among those held back, the one with the most time left, and
+/// only where that is more than the waiter's. One that gave way before and could go on now has a reservation elsewhere that
+/// must not wait: it displaces any.
+pub fn gives_way_to(candidates: &[Candidate], waiter: &Waiter) -> Option<usize> {
     let held_back = candidates
         .iter()
         .enumerate()
-        .filter(|(_, c)| c.held_back && c.time_left > time_left);
+        .filter(|(_, c)| c.held_back && (waiter.preempted || c.time_left > waiter.time_left));
     held_back
         .max_by_key(|(_, c)| (c.time_left, c.arrival))
         .map(|(index, _)| index)
@@ -187,10 +201,31 @@ mod tests {
             ..prompt(64, 100, 8)
         };
         assert_eq!(
-            gives_way_to(&[prompt(0, 9, 9), held_back], Duration::from_secs(5)),
+            gives_way_to(&[prompt(0, 9, 9), held_back], &waiter(false, 5, 9)),
             Some(1)
         );
-        assert_eq!(gives_way_to(&[held_back], Duration::from_secs(8)), None);
+        assert_eq!(gives_way_to(&[held_back], &waiter(false, 8, 9)), None);
+        assert_eq!(gives_way_to(&[held_back], &waiter(true, 8, 9)), Some(0));
+    }
+
+    #[test]
+    fn waiters_are_let_in_as_late_as_the_next_chunk_allows() {
+        let waiter = |preempted, seconds| Waiter {
+            preempted,
+            time_left: Duration::from_secs(seconds),
+            arrival: 9,
+        };
+        let lets = |candidates: &[Candidate], waiter| lets_in(candidates, &waiter, &LIMITS);
+        assert!(lets(&[], waiter(false, 5)));
+        assert!(lets(&[prompt(0, 63, 3), decoding(1)], waiter(false, 5)));
+        assert!(!lets(&[prompt(0, 64, 3)], waiter(false, 5)));
+        assert!(lets(&[prompt(0, 64, 3)], waiter(false, 2)), "an earlier deadline");
+        assert!(lets(&[prompt(0, 64, 3)], waiter(true, 5)), "it gave way before");
+        let held_back = Candidate {
+            held_back: true,
+            ..prompt(64, 1000, 3)
+        };
+        assert!(lets(&[held_back], waiter(false, 5)));
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {

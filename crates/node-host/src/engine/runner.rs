@@ -156,10 +156,14 @@ impl Runner {
             let now = self.clock.now();
             let waiters: Vec<Waiter> = self.waiting.iter().map(|slot| slot.waiter(now)).collect();
             let Some(next) = step::next_in(&waiters) else { return };
+            let candidates = self.candidates();
+            if !step::lets_in(&candidates, &waiters[next], &self.limits) {
+                return;
+            }
             let full = self.running.len() >= self.parts.running_max;
             if !full
                 && self.waiting[next]
-                    .begin(self.parts.blocks.pool(), now, &self.geometry)
+                    .take_blocks(self.parts.blocks.pool(), &self.geometry)
                     .is_ok()
             {
                 let mut slot = self.waiting.swap_remove(next);
@@ -170,7 +174,7 @@ impl Runner {
                 continue;
             }
             // What was computed ahead of its reservation is the first to go.
-            match step::gives_way_to(&self.candidates(), waiters[next].time_left) {
+            match step::gives_way_to(&candidates, &waiters[next]) {
                 Some(index) => self.preempt(index),
                 None => return,
             }
@@ -198,6 +202,9 @@ impl Runner {
             return false;
         }
         let began = self.clock.now();
+        for part in &parts {
+            self.running[part.index].start(began);
+        }
         match self.step(&parts) {
             Ok(output) => {
                 let (mut prompt, mut decoded) = (0, 0);
@@ -279,7 +286,8 @@ impl Runner {
     }
 
     fn show_load(&self) {
-        let held_back = self.running.iter().filter(|slot| slot.is_held_back()).count();
+        let idle = |slot: &&Slot| slot.is_held_back() || slot.is_unstarted();
+        let idle = self.running.iter().filter(idle).count();
         let uncomputed = |slot: &Slot| {
             if slot.decoding {
                 0
@@ -288,10 +296,7 @@ impl Runner {
             }
         };
         let tokens: usize = self.waiting.iter().chain(&self.running).map(uncomputed).sum();
-        self.gauges.set_queue(
-            self.waiting.len() + held_back,
-            tokens as u64,
-            self.running.len() - held_back,
-        );
+        self.gauges
+            .set_queue(self.waiting.len() + idle, tokens as u64, self.running.len() - idle);
     }
 }

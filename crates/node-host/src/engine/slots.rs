@@ -26,8 +26,10 @@ pub(super) struct Slot {
     prefilled: usize,
     /// It drew its last token itself, or came with its KV.
     pub decoding: bool,
-    /// It ran and gave way to one that needed its blocks to go on.
-    preempted: bool,
+    /// A step has computed something of it, in this life.
+    started: bool,
+    /// It had blocks and gave them back to others.
+    gave_way: bool,
     /// It never had blocks, so that it counts in the bounded queue.
     pub holds_a_place: bool,
     /// Leading blocks that were given their identity.
@@ -57,7 +59,8 @@ impl Slot {
             began: None,
             prefilled: 0,
             decoding,
-            preempted: false,
+            started: decoding,
+            gave_way: false,
             holds_a_place: !decoding,
             published: 0,
             over: false,
@@ -94,14 +97,19 @@ impl Slot {
     pub fn waiter(&self, now: Moment) -> Waiter {
         let time_left = self.spec.deadline.saturating_since(now);
         Waiter {
-            preempted: self.preempted,
+            preempted: self.could_go_on(),
             time_left,
             arrival: self.arrival,
         }
     }
 
-    /// Takes blocks for all known tokens, and tells.
-    pub fn begin(&mut self, pool: &Arc<BlockPool>, now: Moment, geometry: &KvGeometry) -> Result<(), NoRoom> {
+    /// It gave way, and nothing but blocks keeps it from going on.
+    fn could_go_on(&self) -> bool {
+        self.gave_way && self.table.is_none() && self.spec.control.may_continue()
+    }
+
+    /// Takes blocks for all known tokens.
+    pub fn take_blocks(&mut self, pool: &Arc<BlockPool>, geometry: &KvGeometry) -> Result<(), NoRoom> {
         let block_tokens = geometry.block_tokens as usize;
         let known = self.tokens.len();
         // At least one token is computed: its logits are what the next one is drawn from.
@@ -110,22 +118,37 @@ impl Slot {
         let held_blocks = table.held();
         self.computed = held_blocks * block_tokens;
         self.published = held_blocks;
-        self.began = Some(now);
-        self.prefilled = 0;
-        let queued = now.saturating_since(self.arrived);
-        self.tell(SequenceEvent::Started {
-            table: Arc::downgrade(&table),
-            held_blocks,
-            queued,
-        });
         self.table = Some(table);
         Ok(())
     }
 
-    /// Gives its blocks back; it will wait and compute everything anew. One that was held back goes by its deadline then:
-    /// with precedence it would take its blocks from the very one that it gave way to.
+    /// It has blocks, and no step has computed anything of it yet.
+    pub fn is_unstarted(&self) -> bool {
+        !self.started
+    }
+
+    /// Its first chunk is computed now: time counts from here, and a reservation elsewhere is worth its while.
+    pub fn start(&mut self, now: Moment) {
+        if self.started {
+            return;
+        }
+        self.started = true;
+        self.began = Some(now);
+        let Some(table) = &self.table else { return };
+        let event = SequenceEvent::Started {
+            table: Arc::downgrade(table),
+            held_blocks: table.held(),
+            queued: now.saturating_since(self.arrived),
+        };
+        self.tell(event);
+    }
+
+    /// Gives its blocks back; it will wait and compute everything anew. One that was held back goes by its deadline
+    /// then, until it may continue: with precedence it would take its blocks from the very one that it gave way to.
     pub fn give_way(&mut self) {
-        self.preempted = !self.is_held_back();
+        self.gave_way = true;
+        self.started = false;
+        self.began = None;
         self.table = None;
         self.computed = 0;
         self.prefilled = 0;
@@ -135,7 +158,7 @@ impl Slot {
 
     /// Blocks that it had, gave away and waits for.
     pub fn owed_blocks(&self, geometry: &KvGeometry) -> usize {
-        if self.preempted && self.table.is_none() {
+        if self.could_go_on() {
             geometry.blocks_for(self.tokens.len())
         } else {
             0
