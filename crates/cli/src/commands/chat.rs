@@ -1,7 +1,7 @@
 //! `baton chat`: a conversation with a running cluster. Each line of standard input is a turn; the answers stream to
 //! standard output. Works from a pipe too, without prompts.
 
-use super::Signals;
+use super::signals::{INTERRUPTED, Signals};
 use crate::endpoint::{EndpointOptions, explain};
 use crate::timeline::finish_reason;
 use anyhow::{Context, Result, anyhow, bail};
@@ -40,7 +40,7 @@ pub struct Chat {
 /// How a turn went.
 enum Turn {
     Answered(String),
-    Cancelled,
+    Cancelled(&'static str),
 }
 
 impl Chat {
@@ -77,7 +77,7 @@ impl Chat {
                 signal = signals.next() => {
                     idle_interrupts += 1;
                     if signal == "SIGTERM" || idle_interrupts > 1 || !interactive {
-                        return Ok(ExitCode::from(super::INTERRUPTED));
+                        return Ok(ExitCode::from(INTERRUPTED));
                     }
                     eprint!("\n(Ctrl-D, or Ctrl-C once more, ends)");
                     continue;
@@ -96,7 +96,10 @@ impl Chat {
             messages.push(message("user", &line));
             match self.turn(&mut client, &messages, &mut signals).await {
                 Ok(Turn::Answered(text)) => messages.push(message("assistant", &text)),
-                Ok(Turn::Cancelled) => {
+                Ok(Turn::Cancelled(signal)) if signal == "SIGTERM" || !interactive => {
+                    return Ok(ExitCode::from(INTERRUPTED));
+                }
+                Ok(Turn::Cancelled(_)) => {
                     // The conversation goes on as though the question had not been asked.
                     messages.pop();
                     eprintln!("\n(stopped)");
@@ -134,7 +137,7 @@ impl Chat {
         tokio::select! {
             text = answer => text.map(Turn::Answered),
             // The stream is dropped, which cancels the request.
-            _ = signals.next() => Ok(Turn::Cancelled),
+            signal = signals.next() => Ok(Turn::Cancelled(signal)),
         }
     }
 }

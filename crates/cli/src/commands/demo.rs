@@ -1,6 +1,6 @@
 //! `baton demo`: one prompt, one answer, through three processes; then what happened when, and where.
 
-use super::{INTERRUPTED, unless_interrupted};
+use super::signals::{INTERRUPTED, unless_interrupted};
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::explain;
 use crate::timeline::{self, Answer};

@@ -1,6 +1,6 @@
 //! `baton model`: models on this machine.
 
-use super::{INTERRUPTED, unless_interrupted};
+use super::signals::{INTERRUPTED, unless_interrupted};
 use crate::models::ModelSource;
 use anyhow::{Result, bail};
 use std::process::ExitCode;

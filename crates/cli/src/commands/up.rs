@@ -1,6 +1,6 @@
 //! `baton up`: a cluster on this machine, each role a process of its own, until Ctrl-C.
 
-use super::{INTERRUPTED, Signals, unless_interrupted};
+use super::signals::{INTERRUPTED, Signals, unless_interrupted};
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::Note;
 use anyhow::Result;
