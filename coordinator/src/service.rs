@@ -274,5 +274,14 @@ fn describe_metrics() {
     metrics::describe_counter!("baton_coordinator_node_failures_total", "Times a node failed a request");
     metrics::describe_counter!("baton_coordinator_nodes_lost_total", "Times a node's heartbeat broke");
     metrics::describe_counter!("baton_coordinator_http_responses_total", "HTTP responses, by status");
+    metrics::describe_gauge!("baton_coordinator_requests", "Requests let in and not over");
+    metrics::describe_gauge!(
+        "baton_coordinator_queued_requests",
+        "Of these, those that wait for a place on a node"
+    );
     metrics::describe_histogram!("baton_coordinator_ttft_seconds", "Arrival to first token");
+    metrics::describe_histogram!(
+        "baton_coordinator_frame_seconds",
+        "A node's tokens received to handed to the client"
+    );
 }

@@ -64,6 +64,7 @@ pub(super) struct Waiting(Arc<AtomicU32>);
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+        metrics::gauge!("baton_coordinator_queued_requests").decrement(1);
     }
 }
 
@@ -92,6 +93,7 @@ impl Placer {
     /// Counts a request that has been let in as waiting.
     pub(super) fn enter(&self) -> Waiting {
         self.queued.fetch_add(1, Ordering::Relaxed);
+        metrics::gauge!("baton_coordinator_queued_requests").increment(1);
         Waiting(Arc::clone(&self.queued))
     }
 

@@ -28,6 +28,7 @@ impl Registry {
             return None;
         }
         requests.insert(request_id, token);
+        show(requests.len());
         Some(Entry {
             registry: self.clone(),
             request_id,
@@ -51,8 +52,14 @@ impl Registry {
 impl Entry {
     /// Takes the request off the books; dropping does the same.
     pub(super) fn leave(&self) {
-        self.registry.lock().remove(&self.request_id);
+        let mut requests = self.registry.lock();
+        requests.remove(&self.request_id);
+        show(requests.len());
     }
+}
+
+fn show(requests: usize) {
+    metrics::gauge!("baton_coordinator_requests").set(requests as f64);
 }
 
 impl Drop for Entry {

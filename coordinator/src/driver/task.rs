@@ -82,6 +82,8 @@ struct Task {
     grace: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     identity: Option<Identity>,
     first_chunk_sent: bool,
+    /// Tokens were delivered since the last event.
+    delivered: bool,
 }
 
 /// Runs a request to its end.
@@ -110,6 +112,7 @@ pub(super) async fn run(shared: Arc<Shared>, job: Job) {
         grace: None,
         identity: None,
         first_chunk_sent: false,
+        delivered: false,
         job,
     };
     task.run(effects).await;
@@ -132,8 +135,13 @@ impl Task {
         let mut cancelled = std::pin::pin!(cancel.cancelled());
         let clock = self.shared.clock;
         let mut deadline = std::pin::pin!(clock.sleep_until(self.deadline));
+        let mut came = None;
         loop {
-            if self.perform_all(&mut effects) {
+            let over = self.perform_all(&mut effects);
+            if let Some(came) = came.filter(|_| std::mem::take(&mut self.delivered)) {
+                metrics::histogram!("baton_coordinator_frame_seconds").record(clock.elapsed(came));
+            }
+            if over {
                 return;
             }
             let event = tokio::select! {
@@ -158,6 +166,7 @@ impl Task {
                     Event::GraceOver
                 }
             };
+            came = Some(clock.now());
             self.request.on(event, self.now_us(), &mut effects);
         }
     }
@@ -374,6 +383,7 @@ impl Task {
             let ttft = self.shared.clock.elapsed(self.job.arrived);
             metrics::histogram!("baton_coordinator_ttft_seconds").record(ttft);
         }
+        self.delivered = true;
         metrics::counter!("baton_coordinator_tokens_total").increment(batch.tokens.len() as u64);
         if let Some(chunk) = self.text.push(batch) {
             self.send(GenerationEvent::Chunk(chunk));
