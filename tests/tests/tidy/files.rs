@@ -177,15 +177,18 @@ fn tasks_are_supervised() {
 #[test]
 fn no_file_names_a_folder_of_one_machine() {
     // Put together, so that this file does not name them.
-    let folders = ["work", "root", "home"].map(|folder| format!("/{folder}/"));
+    let folders = ["work", "root", "home"].map(|folder| format!("/{folder}"));
+    let in_path = |c: char| c.is_alphanumeric() || "._-~".contains(c);
     let mut wrong = Vec::new();
     for file in workspace::files() {
         let Some(text) = workspace::read(&file) else { continue };
         for (line, at) in text.lines().zip(1..) {
             for folder in &folders {
-                let absolute = line.match_indices(folder.as_str()).any(|(at, _)| {
-                    let before = line[..at].chars().next_back();
-                    before.is_none_or(|c| !(c.is_alphanumeric() || "._-~*}/)]>".contains(c)))
+                let absolute = line.match_indices(folder.as_str()).any(|(start, _)| {
+                    let before = line[..start].chars().next_back();
+                    let after = line[start + folder.len()..].chars().next();
+                    let begins = before.is_none_or(|c| !(in_path(c) || "*})]>/".contains(c)));
+                    begins && after.is_none_or(|c| !in_path(c))
                 });
                 if absolute {
                     wrong.push(format!("{file}:{at}: {folder}"));

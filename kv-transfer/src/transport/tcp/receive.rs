@@ -164,6 +164,8 @@ impl Receiver {
                 ahead.have += self.socket.some(idle, &mut ahead.bytes[ahead.have..]).await?;
             }
             ahead.have = 0;
+            // A writer that never stops keeps nobody else from running.
+            tokio::task::consume_budget().await;
             let frame = wire::decode_prefix(&ahead.bytes)?;
             head.clear();
             head.extend_from_slice(&ahead.bytes);
