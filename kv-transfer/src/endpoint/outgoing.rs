@@ -104,12 +104,6 @@ impl Outgoing {
         })
     }
 
-    /// Says that work for this hand-over goes on, where pushes are far apart: renews the receiver's lease. Cheap; at most
-    /// four messages go out per lease.
-    pub fn renew(&self) {
-        self.sending.handle(SenderEvent::Renew);
-    }
-
     /// Says that everything was pushed, and waits until the receiver has committed. `payload` reaches it as it is. Dropping
     /// the future aborts.
     ///

@@ -189,7 +189,10 @@ impl Endpoint {
         let before = service.counters.sending_begins();
         let count = Counted(Arc::clone(&service.counters));
         let refused = match before {
-            n if n >= limit => Some(TransferError::TooMany { what: "hand-overs", limit }),
+            n if n >= limit => Some(TransferError::TooMany {
+                what: "hand-overs",
+                limit,
+            }),
             _ if service.stop.is_cancelled() => Some(TransferError::ShuttingDown),
             _ => None,
         };

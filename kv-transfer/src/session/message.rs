@@ -24,7 +24,7 @@ pub(crate) enum ToReceiver {
         path: PathKind,
         budget: Duration,
     },
-    /// Still at work under the grant.
+    /// Still at work under the grant, with nothing waiting for the wire.
     Renew,
     /// Everything was handed to the wire, or is about to be: these ordinals, all layers.
     Complete { blocks: Range<u32>, payload: Bytes },

@@ -51,8 +51,6 @@ pub(crate) enum SenderEvent {
     Reserve { context_tokens: u64 },
     /// The role says that everything was pushed.
     Complete { payload: Bytes },
-    /// The role still works on it.
-    Renew,
     /// The role gives up.
     Abort { error: TransferError },
     /// The receiver speaks. `epoch` is what its header names.
@@ -151,9 +149,20 @@ impl Sender {
             (_, Fencing::Until(at)) => *at,
             (Some(_), Fencing::NotNeeded | Fencing::Over) => Duration::MAX,
             (None, Fencing::NotNeeded | Fencing::Over) => {
-                self.limits.deadline.min(self.answer_until.unwrap_or(Duration::MAX))
+                let answer = self.answer_until.unwrap_or(Duration::MAX);
+                self.limits
+                    .deadline
+                    .min(answer)
+                    .min(self.renewal().unwrap_or(Duration::MAX))
             }
         }
+    }
+
+    /// When the lease is to be renewed: four times in its length, while this side computes. Not while something waits for the
+    /// wire: then it is the transfer that makes no progress, and the lease may run out.
+    fn renewal(&self) -> Option<Duration> {
+        let grant = self.grant.as_ref().filter(|_| self.drained && !self.completed)?;
+        Some(self.renewed.saturating_add(grant.lease / 4))
     }
 
     pub(crate) fn take_effects(&mut self) -> Vec<SenderEffect> {
@@ -203,7 +212,6 @@ impl Sender {
                 self.ask(now);
             }
             SenderEvent::Complete { payload } => self.complete(now, payload),
-            SenderEvent::Renew => self.renew(now),
             SenderEvent::Abort { error } | SenderEvent::WriteFailed { error } => self.fail(now, error, true),
             SenderEvent::ConnectFailed { error } => self.fail(now, error, false),
             SenderEvent::Message { epoch, message } => self.message(now, epoch, message),
@@ -273,20 +281,6 @@ impl Sender {
         if self.completed && self.drained && self.outcome.is_none() {
             self.answer_until
                 .get_or_insert(now.saturating_add(self.limits.answer_timeout));
-        }
-    }
-
-    /// At most four times per lease.
-    fn renew(&mut self, now: Duration) {
-        let Some(grant) = self.grant.as_ref().filter(|_| self.outcome.is_none()) else {
-            return;
-        };
-        if now >= self.renewed.saturating_add(grant.lease / 4) {
-            self.renewed = now;
-            self.effects.push(SenderEffect::Send {
-                epoch: Some(grant.epoch),
-                message: ToReceiver::Renew,
-            });
         }
     }
 
@@ -386,6 +380,13 @@ impl Sender {
             } else if self.answer_until.is_some_and(|at| at <= now) {
                 let reason = "it did not answer that it has everything".to_owned();
                 self.fail(now, TransferError::PeerGone { reason }, true);
+            } else if self.renewal().is_some_and(|at| at <= now) {
+                self.renewed = now;
+                let epoch = self.grant.as_ref().map(|grant| grant.epoch);
+                self.effects.push(SenderEffect::Send {
+                    epoch,
+                    message: ToReceiver::Renew,
+                });
             }
         }
     }
@@ -605,14 +606,26 @@ mod tests {
     }
 
     #[test]
-    fn work_is_renewed_four_times_a_lease() {
+    fn the_lease_is_renewed_while_this_side_computes() {
         let mut sender = granted(0..1);
-        let mut renewals = 0;
-        for quarter_second in 12..52 {
-            sender.handle(quarter_second * SECOND / 4, SenderEvent::Renew);
-            renewals += sends(&mut sender).len();
+        sender.take_effects();
+        for renewal in 1..5 {
+            let due = 3 * SECOND + renewal * 5 * SECOND / 2;
+            assert_eq!(sender.next_tick(), due);
+            sender.handle(due, SenderEvent::Tick);
+            assert_eq!(sends(&mut sender), [ToReceiver::Renew]);
         }
-        assert_eq!(renewals, 3, "granted at 3 s, asked from 3 s to 13 s");
+        assert_eq!(sender.push(14 * SECOND, 0, &(0..2)), Ok(true));
+        assert_eq!(
+            sender.next_tick(),
+            60 * SECOND,
+            "what waits for the wire renews nothing"
+        );
+        sender.handle(20 * SECOND, SenderEvent::Tick);
+        assert_eq!(sends(&mut sender), []);
+        sender.handle(21 * SECOND, SenderEvent::Drained);
+        sender.handle(21 * SECOND, SenderEvent::Tick);
+        assert_eq!(sends(&mut sender), [ToReceiver::Renew]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Nodes for tests of whole hand-overs: an endpoint, an arena, and a small block pool that checks its own books.
 
-#![allow(unsafe_code, dead_code)]
+#![allow(unsafe_code, dead_code, clippy::unwrap_used)]
 
 use baton_kv_transfer::{
     Arena, DestinationBlocks, Endpoint, EndpointOptions, ExpectSpec, HandoverReport, Identity, Incoming, IncomingEvent,
@@ -359,7 +359,11 @@ impl Node {
         };
         let deadline = tokio::time::Instant::now() + PATIENCE;
         while !idle() {
-            assert!(tokio::time::Instant::now() < deadline, "never idle: {:?}", self.endpoint.stats());
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "never idle: {:?}",
+                self.endpoint.stats()
+            );
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
