@@ -73,6 +73,8 @@ pub struct Cluster {
     pub prefill: Vec<Process>,
     /// Decode nodes in starting order.
     pub decode: Vec<Process>,
+    /// Nodes that the test runs in its own process.
+    pub foreign: usize,
     options: ClusterOptions,
 }
 
@@ -81,21 +83,28 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 impl Cluster {
     /// Starts everything and waits until the model is listed.
     pub async fn start(options: ClusterOptions) -> Result<Self> {
-        let coordinator = start_coordinator(&options).await?;
-        let mut cluster = Self {
-            coordinator,
-            prefill: Vec::new(),
-            decode: Vec::new(),
-            options,
-        };
-        for _ in 0..cluster.options.prefill {
+        let (prefill, decode) = (options.prefill, options.decode);
+        let mut cluster = Self::coordinator_alone(options).await?;
+        for _ in 0..prefill {
             cluster.add("prefill").await?;
         }
-        for _ in 0..cluster.options.decode {
+        for _ in 0..decode {
             cluster.add("decode").await?;
         }
         cluster.wait_listed().await?;
         Ok(cluster)
+    }
+
+    /// Starts the coordinator and no node.
+    pub async fn coordinator_alone(options: ClusterOptions) -> Result<Self> {
+        let coordinator = start_coordinator(&options).await?;
+        Ok(Self {
+            coordinator,
+            prefill: Vec::new(),
+            decode: Vec::new(),
+            foreign: 0,
+            options,
+        })
     }
 
     /// Starts one more node of a role and waits for its announcement.
@@ -135,6 +144,11 @@ impl Cluster {
         self.options.coordinator_flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     }
 
+    /// `--store` of its nodes.
+    pub fn store(&self) -> Result<String> {
+        store_flag(&self.options, Some(&self.coordinator))
+    }
+
     /// The model of nodes that are started from now on.
     pub fn set_model(&mut self, model: &str) {
         self.options.model = model.to_owned();
@@ -172,7 +186,7 @@ impl Cluster {
     /// Waits until exactly the nodes that should be are ready and a model is listed.
     pub async fn wait_listed(&self) -> Result<()> {
         let mut client = self.client().await?;
-        let nodes = self.prefill.len() + self.decode.len();
+        let nodes = self.prefill.len() + self.decode.len() + self.foreign;
         let listed = until("all nodes ready and the model listed", START_LIMIT, || {
             let mut client = client.clone();
             async move {

@@ -69,8 +69,11 @@ async fn under_load(
     Ok(outcome)
 }
 
+/// What a server says of a failure that may pass; or the connection itself broke, which this client's library gives a
+/// source and the code `Unknown` (others say `UNAVAILABLE`).
 fn retryable(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
+    let connection_broke = status.code() == Code::Unknown && std::error::Error::source(status).is_some();
+    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) || connection_broke
 }
 
 async fn fault_free(cluster: &Cluster) -> Result<Vec<Answer>> {

@@ -2,10 +2,17 @@
 //! sampled output likewise for equal seeds. Real model, real processes. 12 prompts; all 40 under `./test.sh --long`.
 
 use anyhow::{Context, Result, ensure};
+use baton_decode_node::DecodeRole;
+use baton_node_host::{BringUpError, NodeOptions, Role, run_beside_others};
+use baton_node_runtime::{Metrics, Supervisor};
+use baton_prefill_node::PrefillRole;
 use baton_proto::v1;
 use baton_proto::v1::tokenize_request::Input as TokenizeInput;
 use baton_tests::{Ask, Cluster, ClusterOptions, Prompt, ask, long_campaign, model_path, prompts};
+use baton_types::NodeRole;
+use clap::Parser;
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
@@ -83,6 +90,74 @@ fn compare(what: &str, reference: &[Vec<u32>], outputs: &[Vec<u32>]) -> Result<(
     Ok(())
 }
 
+/// A node's flags, as its command line gives them.
+#[derive(clap::Parser)]
+struct Flags {
+    #[command(flatten)]
+    node: NodeOptions,
+}
+
+/// Both roles in this process, their hand-overs from memory to memory.
+struct InProcess {
+    cluster: Cluster,
+    supervisor: Supervisor,
+    roles: JoinSet<Result<(), BringUpError>>,
+}
+
+impl InProcess {
+    async fn start(model: &str) -> Result<Self> {
+        let mut cluster = Cluster::coordinator_alone(ClusterOptions::pair(model)).await?;
+        let (supervisor, mut roles) = (Supervisor::new(), JoinSet::new());
+        let store = cluster.store()?;
+        let flags = |name| {
+            let flags = [
+                "--model",
+                model,
+                "--node-id",
+                name,
+                "--store",
+                &store,
+                "--kv-bytes",
+                "256MiB",
+            ];
+            Flags::parse_from(["node"].into_iter().chain(flags).chain(["--transports", "memory"])).node
+        };
+        let prefill = |host| Arc::new(PrefillRole::new(host)) as Arc<dyn Role>;
+        let decode = |host| Arc::new(DecodeRole::new(host)) as Arc<dyn Role>;
+        let (metrics, sup) = (Metrics::detached(), &supervisor);
+        roles.spawn(run_beside_others(
+            flags("p"),
+            NodeRole::Prefill,
+            prefill,
+            metrics.clone(),
+            sup.clone(),
+        ));
+        roles.spawn(run_beside_others(
+            flags("d"),
+            NodeRole::Decode,
+            decode,
+            metrics,
+            sup.clone(),
+        ));
+        cluster.foreign = 2;
+        cluster.wait_listed().await?;
+        Ok(Self {
+            cluster,
+            supervisor,
+            roles,
+        })
+    }
+
+    async fn end(mut self) -> Result<()> {
+        self.cluster.wait_idle(Duration::from_secs(10)).await?;
+        self.supervisor.begin_shutdown();
+        while let Some(ended) = self.roles.join_next().await {
+            ended??;
+        }
+        Ok(())
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Result<()> {
     let model = model_path().display().to_string();
@@ -117,6 +192,14 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
     );
     colocated.wait_idle(Duration::from_secs(10)).await?;
     drop(colocated);
+
+    let memory = InProcess::start(&model).await?;
+    compare(
+        "both roles in one process, over memory",
+        &reference,
+        &run(&memory.cluster, &asks, 2).await?,
+    )?;
+    memory.end().await?;
 
     for chunk in ["16", "64", "512"] {
         let options = ClusterOptions::pair(&model).node_flags(&["--chunk-tokens", chunk]);

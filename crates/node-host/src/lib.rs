@@ -24,5 +24,5 @@ pub use host::{Host, ModelFacts, NodeIdentity, NodeLimits, NodeParts, RequestGua
 pub use options::{KvDtypeFlag, NodeOptions};
 pub use process::run_to_exit;
 pub use request::{CancelOnDrop, FirstTokenPayload, Outcome};
-pub use run::{BUILD, run};
+pub use run::{BUILD, run, run_beside_others};
 pub use service::{EventStream, NodeService, Role, load};

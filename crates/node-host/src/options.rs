@@ -2,7 +2,7 @@
 
 use crate::error::BringUpError;
 use baton_cluster_state::{Credentials, StoreAddress, StoreOptions};
-use baton_kv_transfer::EndpointOptions;
+use baton_kv_transfer::{EndpointOptions, PathKind};
 use baton_node_runtime::{ProcessOptions, parse_bytes, parse_duration};
 use baton_types::{KvDtype, NodeRole};
 use std::net::SocketAddr;
@@ -100,6 +100,15 @@ pub struct NodeOptions {
         help_heading = "Network"
     )]
     pub transfer_listen: SocketAddr,
+    /// By which transports hand-overs arrive, best first: tcp; memory between roles in one process
+    #[arg(
+        long,
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        default_value = "tcp",
+        help_heading = "Network"
+    )]
+    pub transports: Vec<PathKind>,
     /// Prompt tokens computed in one step; a multiple of --block-tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 256, help_heading = "Scheduling")]
     pub chunk_tokens: usize,
@@ -214,6 +223,7 @@ impl NodeOptions {
     pub fn endpoint_options(&self) -> EndpointOptions {
         EndpointOptions {
             listen: self.transfer_listen,
+            transports: self.transports.clone(),
             advertise: self.advertise.clone(),
             reservation_lease: self.reservation_lease,
             ..EndpointOptions::default()
@@ -227,5 +237,49 @@ impl NodeOptions {
             Some(host) => format!("{host}:{}", listener.port()),
             None => listener.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        node: NodeOptions,
+    }
+
+    fn parse(more: &[&str]) -> NodeOptions {
+        let line = ["node", "--model", "stub", "--store", "etcd://127.0.0.1:2379"];
+        Line::try_parse_from(line.iter().chain(more)).unwrap().node
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let refused = |more: &[&str]| match parse(more).validate() {
+            Ok(()) => "nothing",
+            Err(BringUpError::Option { flag, .. }) => flag,
+            Err(_) => "another",
+        };
+        assert_eq!(refused(&[]), "nothing");
+        assert_eq!(refused(&["--chunk-tokens", "100"]), "--chunk-tokens");
+        assert_eq!(refused(&["--block-tokens", "0"]), "--block-tokens");
+        assert_eq!(refused(&["--queue", "0"]), "--queue");
+        assert_eq!(refused(&["--running", "0"]), "--running");
+        assert_eq!(refused(&["--listen", "0.0.0.0:0"]), "--listen");
+        assert_eq!(refused(&["--listen", "0.0.0.0:0", "--advertise", "node1"]), "nothing");
+    }
+
+    #[test]
+    fn the_advertised_address_has_the_listener_s_port() {
+        let listener = "127.0.0.1:7000".parse().unwrap();
+        assert_eq!(parse(&[]).advertised(listener), "127.0.0.1:7000");
+        assert_eq!(parse(&["--advertise", "node1"]).advertised(listener), "node1:7000");
+        assert_eq!(
+            parse(&["--advertise", "fd00::1"]).advertised(listener),
+            "[fd00::1]:7000"
+        );
     }
 }

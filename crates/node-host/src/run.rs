@@ -13,7 +13,9 @@ use crate::service::{self, NodeService, Role};
 use baton_cluster_state::{NodeRecord, Registration, Store};
 use baton_engine::BlockPool;
 use baton_kv_transfer::{Endpoint, Identity};
-use baton_node_runtime::{AdminServer, Announcement, Clock, Readiness, Supervisor, announce, bind, process, telemetry};
+use baton_node_runtime::{
+    AdminServer, Announcement, Clock, Metrics, Readiness, Supervisor, announce, bind, process, telemetry,
+};
 use baton_proto::v1::node_server::NodeServer;
 use baton_types::{Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
 use std::future::Future;
@@ -51,6 +53,22 @@ pub async fn run(
     let metrics = telemetry::init(&options.process.telemetry)?;
     describe_metrics();
     options.process.watch_for_end(&supervisor);
+    run_beside_others(options, role, make_role, metrics, supervisor).await
+}
+
+/// As [`run`] in a process that holds several roles: its logs, metrics and signals are the caller's business.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_beside_others(
+    options: NodeOptions,
+    role: NodeRole,
+    make_role: impl FnOnce(Host) -> Arc<dyn Role>,
+    metrics: Metrics,
+    supervisor: Supervisor,
+) -> Result<(), BringUpError> {
+    options.validate()?;
+    model::check_model(&options)?;
     model::check_kv_bytes(&options)?;
     let inner = Supervisor::new();
     let result = live(&options, role, make_role, metrics, &supervisor, &inner).await;
