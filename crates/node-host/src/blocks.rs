@@ -30,9 +30,9 @@ impl PoolBlocks {
         &self.pool
     }
 
-    /// Blocks that sequences which gave way wait for.
-    pub(crate) fn set_owed(&self, blocks: usize) {
-        self.owed.store(blocks, Ordering::Release);
+    /// Blocks that sequences which gave way wait for; gives how many it were before.
+    pub(crate) fn set_owed(&self, blocks: usize) -> usize {
+        self.owed.swap(blocks, Ordering::AcqRel)
     }
 }
 

@@ -5,6 +5,7 @@ use baton_engine::{InvalidStub, LoadError, StepError};
 use baton_kv_transfer::{ArenaError, StartError};
 use baton_node_runtime::{AdminError, BindError, format_bytes, telemetry::TelemetryError};
 use baton_text::CardError;
+use std::path::PathBuf;
 
 /// Why a node did not come up, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,14 @@ pub enum BringUpError {
     /// The node's place in the cluster.
     #[error(transparent)]
     Register(#[from] RegisterError),
+    /// No such model.
+    #[error("--model {path}: {source}; give a .gguf file, a folder with config.json and *.safetensors, or stub", path = path.display())]
+    ModelPath {
+        /// What was given.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The model's weights.
     #[error("--model: {0}")]
     Load(#[from] LoadError),
@@ -120,6 +129,7 @@ impl BringUpError {
             Self::Option { .. }
             | Self::KvTooSmall { .. }
             | Self::Socket { .. }
+            | Self::ModelPath { .. }
             | Self::Telemetry(_)
             | Self::Card(_)
             | Self::Stub(_)

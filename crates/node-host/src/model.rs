@@ -31,6 +31,25 @@ fn is_stub(model: &str) -> bool {
     model == "stub" || model.starts_with("stub:")
 }
 
+/// Checks what can be known of `--model` before anything long is begun.
+///
+/// # Errors
+/// A stub's description that is none, a path that leads nowhere.
+pub fn check_model(options: &NodeOptions) -> Result<(), BringUpError> {
+    if is_stub(&options.model) {
+        options.model.parse::<StubSpec>()?;
+        return Ok(());
+    }
+    let path = Path::new(&options.model);
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(BringUpError::ModelPath {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
 /// Loads the model. Blocks for as long as that takes.
 ///
 /// # Errors

@@ -181,7 +181,7 @@ impl Node for NodeService {
         let pieces = starts.map(move |start| {
             let end = card.len().min(start + CARD_PIECE_BYTES);
             Ok(v1::ModelCardChunk {
-                data: card.slice(start..end).into(),
+                data: card.slice(start..end),
             })
         });
         Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))

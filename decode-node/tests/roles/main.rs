@@ -2,6 +2,8 @@
 //! nodes is free or cached and the pools are sound. The scripted engine reads its context back from the arena, so equal
 //! output means that the right blocks arrived whole.
 
+#![allow(clippy::unwrap_used)]
+
 mod harness;
 
 use baton_proto::v1::{self, decode_command::Command, prefill_event};

@@ -296,11 +296,16 @@ impl Stub {
     }
 }
 
+/// Reads bytes of a block that `Stub::check` has found inside the arena.
+fn read(arena: &ArenaView, block: BlockId, offset: usize, out: &mut [u8]) {
+    // SAFETY: the caller of `step` owns the slice's blocks for reading; the range was checked by `Stub::check`.
+    let read = unsafe { arena.read(block, offset, out) };
+    debug_assert!(read.is_ok(), "checked before");
+}
+
 fn read_mark(arena: &ArenaView, block: BlockId, offset: usize) -> u64 {
     let mut bytes = [0; MARK];
-    // SAFETY: the caller of `step` owns the slice's blocks for reading; the range was checked by `Stub::check`.
-    let read = unsafe { arena.read(block, offset, &mut bytes) };
-    debug_assert!(read.is_ok(), "checked before");
+    read(arena, block, offset, &mut bytes);
     u64::from_le_bytes(bytes)
 }
 
@@ -342,13 +347,18 @@ fn digest(arena: &ArenaView, blocks: &[BlockId], end: usize, weights: u64) -> u6
     let geometry = arena.geometry();
     let stride = geometry.head_dim as usize * geometry.dtype.bytes();
     let block_tokens = geometry.block_tokens as usize;
+    let mut lane_bytes = vec![0; geometry.head_bytes()];
     let mut state = weights;
     for layer in 0..geometry.layers as usize {
         for lane in lanes(geometry, layer, weights) {
             for (ordinal, block) in blocks[..geometry.blocks_for(end)].iter().enumerate() {
                 let slots = block_tokens.min(end - ordinal * block_tokens);
-                for index in 0..slots {
-                    let mark = read_mark(arena, *block, lane.offset + index * stride);
+                let filled = &mut lane_bytes[..slots * stride];
+                read(arena, *block, lane.offset, filled);
+                for slot in filled.chunks_exact(stride) {
+                    let mut mark = [0; MARK];
+                    mark.copy_from_slice(&slot[..MARK]);
+                    let mark = u64::from_le_bytes(mark);
                     state = state.rotate_left(5).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ mark;
                 }
             }

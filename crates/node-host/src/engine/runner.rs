@@ -139,8 +139,8 @@ impl Runner {
     /// Lets hand-overs that ask have what came free, save what is owed to sequences that gave way.
     fn tell_room(&mut self) {
         let owed: usize = self.waiting.iter().map(|slot| slot.owed_blocks(&self.geometry)).sum();
-        self.parts.blocks.set_owed(owed);
-        if std::mem::take(&mut self.freed) {
+        let less = owed < self.parts.blocks.set_owed(owed);
+        if std::mem::take(&mut self.freed) || less {
             (self.parts.room_changed)();
         }
     }
