@@ -11,6 +11,8 @@ pub struct Source {
     pub code: String,
     /// Literals of strings, with their lines (from 1).
     pub strings: Vec<(usize, String)>,
+    /// Of a module that is declared for tests only.
+    declared_test: bool,
 }
 
 impl Source {
@@ -21,6 +23,7 @@ impl Source {
             text,
             code,
             strings,
+            declared_test: false,
         }
     }
 
@@ -28,6 +31,9 @@ impl Source {
     pub fn is_test(&self) -> bool {
         let name = self.file.rsplit('/').next().unwrap_or_default();
         let folder = ["tests/", "benches/", "examples/"];
+        if self.declared_test {
+            return true;
+        }
         folder
             .iter()
             .any(|folder| self.file.starts_with(folder) || self.file.contains(&format!("/{folder}")))
@@ -51,6 +57,20 @@ impl Source {
             items.push(start..from);
         }
         items
+    }
+
+    /// Modules with files of their own that are declared for tests only: their paths without `.rs`.
+    fn test_modules(&self) -> Vec<String> {
+        let (folder, name) = self.file.rsplit_once('/').unwrap_or(("", &self.file));
+        let inside = match name.trim_end_matches(".rs") {
+            "lib" | "main" | "mod" => folder.to_owned(),
+            stem => format!("{folder}/{stem}"),
+        };
+        let declared = self.test_items().into_iter().filter_map(|item| {
+            let (_, module) = self.code[item].strip_suffix(';')?.rsplit_once("mod ")?;
+            Some(format!("{inside}/{}", module.trim()))
+        });
+        declared.collect()
     }
 
     /// The code with what is for tests only blanked.
@@ -95,8 +115,16 @@ impl Source {
 /// All Rust files of the repository.
 pub fn sources() -> Vec<Source> {
     let rust = workspace::files().into_iter().filter(|file| file.ends_with(".rs"));
-    rust.filter_map(|file| workspace::read(&file).map(|text| Source::new(file, text)))
-        .collect()
+    let read = rust.filter_map(|file| workspace::read(&file).map(|text| Source::new(file, text)));
+    let mut sources: Vec<Source> = read.collect();
+    let tests: Vec<String> = sources.iter().flat_map(Source::test_modules).collect();
+    for source in &mut sources {
+        let place = source.file.trim_end_matches(".rs");
+        source.declared_test = tests
+            .iter()
+            .any(|module| place == module || place.starts_with(&format!("{module}/")));
+    }
+    sources
 }
 
 /// Where `word` stands as a word of its own: lines, from 1.
