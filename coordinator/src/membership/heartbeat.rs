@@ -2,7 +2,7 @@
 //! it speaks again. The first words of a model's first node bring its card.
 
 use super::model::{Model, fetch};
-use super::state::{Members, NewMember};
+use super::{Members, NewMember};
 use crate::core::Node;
 use baton_node_runtime::Clock;
 use baton_proto::v1;

@@ -4,11 +4,16 @@
 mod channel;
 mod heartbeat;
 mod load;
+mod members;
 mod model;
-mod state;
+mod roster;
+#[cfg(test)]
+mod roster_test;
 mod watch;
 
 pub(crate) use load::Claim;
+pub(crate) use members::Members;
 pub(crate) use model::Model;
-pub(crate) use state::{Candidate, MemberStatus, Members};
+pub(crate) use roster::{Candidate, MemberStatus};
+use roster::{CardWanted, NewMember};
 pub(crate) use watch::{WatchOptions, watch};

@@ -1,6 +1,6 @@
 //! A model as the coordinator serves it: the card that a node gave, and the tokenizer and template made from it.
 
-use super::state::CardWanted;
+use super::CardWanted;
 use baton_proto::v1;
 use baton_proto::v1::node_client::NodeClient;
 use baton_text::{ChatTemplate, ModelCard, Tokenizer};

@@ -1,7 +1,7 @@
 //! Follows the store and listens to every member's heart, each in a supervised task.
 
 use super::heartbeat::{HeartbeatOptions, listen};
-use super::state::{Members, NewMember};
+use super::{Members, NewMember};
 use baton_cluster_state::{MembershipEvent, Store};
 use baton_node_runtime::{Clock, Supervisor};
 use baton_types::Instance;

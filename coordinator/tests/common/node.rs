@@ -366,10 +366,15 @@ impl Node for Server {
             if !open.local_prefill {
                 loop {
                     tokio::select! {
-                        arrived = arrivals.recv() => if arrived == Some(wanted) { break },
+                        // As in kv-transfer, a later attempt supersedes by itself: the writer may be faster than the word.
+                        Some(arrived) = arrivals.recv() => if arrived >= wanted {
+                            counts.superseded.fetch_add(arrived - wanted, Ordering::SeqCst);
+                            wanted = arrived;
+                            break;
+                        },
                         command = commands.message() => match command {
                             Ok(Some(v1::DecodeCommand { command: Some(Command::Supersede(to)) })) => {
-                                counts.superseded.fetch_add(1, Ordering::SeqCst);
+                                counts.superseded.fetch_add(to.attempt - wanted, Ordering::SeqCst);
                                 wanted = to.attempt;
                             }
                             // The client goes away: the end of this stream counts as a cancellation.

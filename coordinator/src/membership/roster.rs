@@ -1,0 +1,334 @@
+//! Who is there, how each is, and what each model is.
+//!
+//! Of several nodes that name the same model, those that fit together serve: the first that came sets fingerprint and KV
+//! geometry, and keeps them for the model as long as a node of that kind answers. Others are refused by name of the field.
+
+use super::load::{Beat, Claim, Placed};
+use super::{Model, channel};
+use crate::core::Node;
+use baton_cluster_state::NodeRecord;
+use baton_node_runtime::{CancellationToken, Moment};
+use baton_proto::v1;
+use baton_scheduling::NodeView;
+use baton_types::{KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+/// All members and models.
+#[derive(Default)]
+pub(super) struct Roster {
+    pub(super) members: BTreeMap<NodeId, Member>,
+    pub(super) models: HashMap<String, ModelEntry>,
+    arrivals: u64,
+}
+
+/// One node, as the store and itself tell of it.
+pub(super) struct Member {
+    pub(super) record: NodeRecord,
+    pub(super) channel: Channel,
+    pub(super) heart: Heart,
+    pub(super) placed: Arc<Placed>,
+    /// Order of coming: the eldest sets what a model is.
+    arrival: u64,
+    pub(super) inhibited_until: Option<Moment>,
+    /// It refused for want of place and has not spoken since.
+    pub(super) full: bool,
+    /// Why it serves nobody: it does not fit the others of its model.
+    pub(super) refused: Option<String>,
+    /// What this coordinator last saw go wrong with it.
+    pub(super) fault: Option<(Moment, String)>,
+    pub(super) unlisted_since: Option<Moment>,
+    /// Ends its heartbeat when the member is dropped.
+    cancel: CancellationToken,
+}
+
+/// What a node's heartbeat says of it.
+pub(super) enum Heart {
+    Connecting,
+    Beating {
+        beat: Box<Beat>,
+        state: NodeState,
+        at: Moment,
+    },
+    Lost {
+        beat: Option<Box<Beat>>,
+        at: Moment,
+    },
+}
+
+/// What a model is, and its card once that is read.
+pub(super) struct ModelEntry {
+    pub(super) fingerprint: ModelFingerprint,
+    geometry: KvGeometry,
+    pub(super) model: Option<Arc<Model>>,
+}
+
+/// A node that takes work, with what a request needs of it.
+#[derive(Clone)]
+pub(crate) struct Candidate {
+    pub(crate) node: Node,
+    pub(crate) channel: Channel,
+    pub(crate) numerics: NumericsId,
+    placed: Arc<Placed>,
+    changed: watch::Sender<u64>,
+}
+
+impl Candidate {
+    /// Counts a request of so many tokens as placed there.
+    pub(crate) fn claim(&self, tokens: u64) -> Claim {
+        Claim::new(Arc::clone(&self.placed), self.changed.clone(), tokens)
+    }
+}
+
+/// A card that somebody should fetch.
+pub(super) struct CardWanted {
+    pub(super) model: String,
+    pub(super) digest: String,
+    pub(super) fingerprint: ModelFingerprint,
+    pub(super) channel: Channel,
+}
+
+/// What operators see of a member.
+pub(crate) struct MemberStatus {
+    pub(crate) record: NodeRecord,
+    pub(crate) state: &'static str,
+    pub(crate) load: Option<v1::NodeLoad>,
+    pub(crate) heartbeat_age: Option<Duration>,
+    /// Newest first: age and text of what this coordinator saw.
+    pub(crate) faults: Vec<(Duration, String)>,
+    pub(crate) channel: Channel,
+}
+
+/// A member whose heartbeat is to be listened to.
+pub(super) struct NewMember {
+    pub(super) node: Node,
+    pub(super) channel: Channel,
+    pub(super) cancel: CancellationToken,
+}
+
+impl Roster {
+    /// The longest context that a decode node which takes work has room for; `None` where there is no such node.
+    pub(super) fn context_tokens(&self, model: &str) -> Option<u32> {
+        let members = self.members.values().filter(|member| member.record.model == model);
+        let decode = members.filter(|member| member.record.role == NodeRole::Decode && member.serves());
+        decode.map(|member| member.record.context_tokens).max()
+    }
+
+    pub(super) fn member_mut(&mut self, node: &Node) -> Option<&mut Member> {
+        self.members
+            .get_mut(&node.id)
+            .filter(|member| member.record.instance == node.instance)
+    }
+
+    pub(super) fn put(&mut self, record: NodeRecord) -> Option<NewMember> {
+        if let Some(member) = self.members.get_mut(&record.node_id)
+            && member.record.instance == record.instance
+            && member.record.grpc_address == record.grpc_address
+        {
+            member.unlisted_since = None;
+            member.record = record;
+            return None;
+        }
+        let channel = match channel::open(&record.grpc_address) {
+            Ok(channel) => channel,
+            Err(error) => {
+                let address = &record.grpc_address;
+                tracing::error!(node_id = %record.node_id, address, %error, "node record has no usable address");
+                return None;
+            }
+        };
+        let node = Node {
+            id: record.node_id.clone(),
+            instance: record.instance,
+        };
+        let (role, model) = (record.role, &record.model);
+        tracing::info!(node_id = %node.id, %role, model, address = record.grpc_address, "node joined");
+        let cancel = CancellationToken::new();
+        let new = NewMember {
+            node,
+            channel: channel.clone(),
+            cancel: cancel.clone(),
+        };
+        self.arrivals += 1;
+        let member = Member {
+            channel,
+            heart: Heart::Connecting,
+            placed: Arc::default(),
+            arrival: self.arrivals,
+            inhibited_until: None,
+            full: false,
+            refused: None,
+            fault: None,
+            unlisted_since: None,
+            cancel,
+            record,
+        };
+        self.members.insert(member.record.node_id.clone(), member);
+        Some(new)
+    }
+
+    /// Decides anew what each model is and who fits it.
+    pub(super) fn regroup(&mut self) {
+        let mut eldest: Vec<&Member> = self
+            .members
+            .values()
+            .filter(|member| !member.is_lost() && member.names_a_model())
+            .collect();
+        eldest.sort_by_key(|member| member.arrival);
+        for member in &eldest {
+            let same_kind = |entry: &ModelEntry| {
+                eldest
+                    .iter()
+                    .any(|other| other.record.model == member.record.model && entry.fits(&other.record).is_ok())
+            };
+            if !self.models.get(&member.record.model).is_some_and(same_kind) {
+                let (fingerprint, geometry) = (member.record.fingerprint, member.record.geometry);
+                self.models.insert(
+                    member.record.model.clone(),
+                    ModelEntry {
+                        fingerprint,
+                        geometry,
+                        model: None,
+                    },
+                );
+            }
+        }
+        for member in self.members.values_mut().filter(|member| member.names_a_model()) {
+            let verdict = self
+                .models
+                .get(&member.record.model)
+                .map_or(Ok(()), |entry| entry.fits(&member.record));
+            let refused = verdict.err();
+            if refused.is_some() && refused != member.refused {
+                let reason = refused.as_deref().unwrap_or_default();
+                tracing::warn!(node_id = %member.record.node_id, model = member.record.model, reason, "node refused");
+            }
+            member.refused = refused;
+        }
+    }
+}
+
+impl ModelEntry {
+    /// Whether a node can be paired with the others of its model; else the field in which it differs.
+    fn fits(&self, record: &NodeRecord) -> Result<(), String> {
+        if self.fingerprint != record.fingerprint {
+            let (ours, theirs) = (self.fingerprint, record.fingerprint);
+            return Err(format!(
+                "model fingerprint differs: {ours} is served, {theirs} is this node's"
+            ));
+        }
+        self.geometry
+            .check_same(&record.geometry)
+            .map_err(|mismatch| mismatch.to_string())
+    }
+}
+
+impl Member {
+    fn is_lost(&self) -> bool {
+        matches!(self.heart, Heart::Lost { .. })
+    }
+
+    /// A node that is still loading has registered its name only.
+    pub(super) fn names_a_model(&self) -> bool {
+        self.record.state != NodeState::Starting && !self.record.model.is_empty()
+    }
+
+    /// It takes work, if maybe not just now.
+    pub(super) fn serves(&self) -> bool {
+        matches!(
+            self.heart,
+            Heart::Beating {
+                state: NodeState::Ready,
+                ..
+            }
+        ) && self.record.state == NodeState::Ready
+            && self.refused.is_none()
+    }
+
+    /// It takes work now.
+    pub(super) fn is_usable(&self, now: Moment) -> bool {
+        self.serves() && self.inhibited_until.is_none_or(|until| until <= now)
+    }
+
+    pub(super) fn view(&self) -> Option<NodeView> {
+        let Heart::Beating { beat, .. } = &self.heart else {
+            return None;
+        };
+        let estimate = beat.estimate(self.placed.figures());
+        let capacity = if beat.load.queue_capacity > 0 {
+            beat.load.queue_capacity
+        } else {
+            self.record.queue_capacity
+        };
+        Some(NodeView {
+            instance: self.record.instance,
+            queued_requests: if self.full { capacity } else { estimate.queued_requests },
+            queue_capacity: capacity,
+            queued_tokens: estimate.queued_tokens,
+            running_requests: estimate.running_requests,
+            prefill_tokens_per_s: beat.load.prefill_tokens_per_s,
+            decode_step_us: beat.load.decode_step_us,
+            blocks: estimate.blocks,
+            block_tokens: self.record.geometry.block_tokens,
+            held_tokens: 0,
+        })
+    }
+
+    pub(super) fn candidate(&self, changed: &watch::Sender<u64>) -> Candidate {
+        Candidate {
+            node: Node {
+                id: self.record.node_id.clone(),
+                instance: self.record.instance,
+            },
+            channel: self.channel.clone(),
+            numerics: self.record.numerics.clone(),
+            placed: Arc::clone(&self.placed),
+            changed: changed.clone(),
+        }
+    }
+
+    pub(super) fn status(&self, now: Moment) -> MemberStatus {
+        let (state, beat, at) = match &self.heart {
+            Heart::Connecting => ("starting", None, None),
+            Heart::Beating { beat, state, at } => (state_name(*state), Some(beat), Some(*at)),
+            Heart::Lost { beat, at } => ("lost", beat.as_ref(), Some(*at)),
+        };
+        let fault = self
+            .fault
+            .as_ref()
+            .map(|(at, text)| (now.saturating_since(*at), text.clone()));
+        let refused = self
+            .refused
+            .as_ref()
+            .map(|reason| (Duration::ZERO, format!("refused: {reason}")));
+        MemberStatus {
+            record: self.record.clone(),
+            state: if self.refused.is_some() && !self.is_lost() {
+                "refused"
+            } else {
+                state
+            },
+            load: beat.map(|beat| beat.load.clone()),
+            heartbeat_age: at.map(|at| now.saturating_since(at)),
+            faults: refused.into_iter().chain(fault).collect(),
+            channel: self.channel.clone(),
+        }
+    }
+}
+
+fn state_name(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Starting => "starting",
+        NodeState::Ready => "ready",
+        NodeState::Draining => "draining",
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
