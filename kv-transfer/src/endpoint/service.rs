@@ -37,13 +37,13 @@ struct Service {
     clock: Clock,
     supervisor: Supervisor,
     tracker: TaskTracker,
-    stop: CancellationToken,
+    end: CancellationToken,
 }
 
 impl Drop for Service {
     fn drop(&mut self) {
         self.tracker.close();
-        self.stop.cancel();
+        self.end.cancel();
     }
 }
 
@@ -113,7 +113,7 @@ impl Endpoint {
             instance: identity.instance,
             addresses,
         };
-        let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+        let (tracker, end, stop) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let links = Arc::new(Links::new(LinkParts {
             options: options.clone(),
             identity: identity.clone(),
@@ -140,7 +140,8 @@ impl Endpoint {
             clock,
             supervisor: supervisor.clone(),
             tracker: tracker.clone(),
-            stop: stop.clone(),
+            end: end.clone(),
+            stop,
         };
         supervisor.spawn("transfer-keeper", tracker.track_future(keeper.run()));
         tracing::info!(addresses = ?peer.addresses, "ready for hand-overs");
@@ -154,7 +155,7 @@ impl Endpoint {
             clock,
             supervisor,
             tracker,
-            stop,
+            end,
         };
         Ok(Self(Arc::new(service)))
     }
@@ -193,7 +194,7 @@ impl Endpoint {
                 what: "hand-overs",
                 limit,
             }),
-            _ if service.stop.is_cancelled() => Some(TransferError::ShuttingDown),
+            _ if service.end.is_cancelled() => Some(TransferError::ShuttingDown),
             _ => None,
         };
         match refused {
@@ -226,7 +227,7 @@ impl Endpoint {
     /// released: nothing can write them any more.
     pub async fn shutdown(&self) {
         self.0.tracker.close();
-        self.0.stop.cancel();
+        self.0.end.cancel();
         self.0.tracker.wait().await;
     }
 }
@@ -319,6 +320,9 @@ struct Keeper {
     clock: Clock,
     supervisor: Supervisor,
     tracker: TaskTracker,
+    /// The endpoint is to end.
+    end: CancellationToken,
+    /// Ends the connections, once the hand-overs have ended.
     stop: CancellationToken,
 }
 
@@ -331,7 +335,7 @@ impl Keeper {
             }
             tokio::select! {
                 biased;
-                () = self.stop.cancelled() => break,
+                () = self.end.cancelled() => break,
                 () = self.receiving.woken() => {}
                 () = self.clock.sleep_until(next) => {}
             }
@@ -339,6 +343,7 @@ impl Keeper {
         // The machines hear of the end before they would see it as a failure of connections.
         self.links.close();
         self.receiving.close();
+        self.stop.cancel();
         join_all(self.transports.iter().map(|transport| transport.shutdown())).await;
         self.receiving.nothing_writes();
     }

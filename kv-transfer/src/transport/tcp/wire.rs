@@ -16,8 +16,8 @@ use crate::transport::raw::CRC32C;
 use crate::{Identity, WIRE_MAJOR};
 use baton_types::{Epoch, Instance, KvDtype, KvGeometry, ModelFingerprint};
 
-/// First bytes of every data connection.
-const MAGIC: [u8; 8] = *b"BATON-KV";
+/// First bytes of every data connection. Control connections begin with others.
+const MAGIC: [u8; 8] = *b"BATON-EX";
 /// Version of the frames, within the major version of the handshake.
 const FRAME_VERSION: u8 = 1;
 const KIND_EXTENTS: u8 = 1;
