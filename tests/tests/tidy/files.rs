@@ -3,6 +3,7 @@
 use super::nothing;
 use super::source::{Source, lines_with, sources};
 use super::workspace;
+use std::collections::BTreeSet;
 
 /// Lines of a file before its tests.
 const LINES_MAX: usize = 600;
@@ -10,6 +11,17 @@ const LINES_MAX: usize = 600;
 const TEST_LINES_MAX: usize = 1000;
 const MAIN_LINES_MAX: usize = 60;
 
+/// Roots that hold more than declarations, and why.
+const ROOTS: [(&str, &str); 2] = [
+    (
+        "kv-transfer/src/session/receiver/mod.rs",
+        "the machine, whose parts in the folder share its private fields",
+    ),
+    (
+        "crates/text/src/source/mod.rs",
+        "the error that all sources share, and the choice between them",
+    ),
+];
 /// A root this short may hold a small item that its whole folder shares.
 const ROOT_LINES_MAX: usize = 40;
 /// Items that do something, and what may stand before their names.
@@ -64,6 +76,7 @@ fn files_are_short() {
 #[test]
 fn roots_only_declare() {
     let mut wrong = Vec::new();
+    let mut excused = BTreeSet::new();
     for source in written().filter(|source| source.file.ends_with("/lib.rs") || source.file.ends_with("/mod.rs")) {
         if source.is_test() || source.lines_before_tests() <= ROOT_LINES_MAX {
             continue;
@@ -77,11 +90,16 @@ fn roots_only_declare() {
                 .iter()
                 .any(|name| item.starts_with(name) && !item[name.len()..].starts_with(char::is_alphanumeric))
             {
-                wrong.push(format!("{}:{at}: {item}", source.file));
+                match ROOTS.iter().find(|(file, _)| *file == source.file) {
+                    Some((file, _)) => drop(excused.insert(*file)),
+                    None => wrong.push(format!("{}:{at}: {item}", source.file)),
+                }
             }
         }
     }
     nothing("lib.rs and mod.rs that do more than declare and re-export", wrong);
+    let stale = ROOTS.iter().filter(|(file, _)| !excused.contains(file));
+    nothing("excused roots that only declare", stale.map(|(file, _)| file).collect());
 }
 
 #[test]
