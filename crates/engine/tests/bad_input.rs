@@ -1,5 +1,7 @@
 //! Broken files and impossible steps: each an error that names what is wrong, none a panic.
 
+#![allow(clippy::unwrap_used)] // A helper that fails is a test that fails.
+
 mod common;
 
 use baton_engine::{LoadError, Slice, StepError, Unobserved, WantedLogits, load};

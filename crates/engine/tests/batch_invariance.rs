@@ -1,5 +1,7 @@
 //! Bit-identity: a token's logits do not depend on chunking, batch, block placement, block size or threads, on any path.
 
+#![allow(clippy::unwrap_used)] // A helper that fails is a test that fails.
+
 mod common;
 
 use baton_engine::{Isa, Slice, StepObserver, Unobserved, WantedLogits};

@@ -1,6 +1,8 @@
 //! The real model against transformers in float32 (tests/golden/engine_logits.py): logits of twenty prompts, and the
 //! likelihood of 2,000 tokens of text.
 
+#![allow(clippy::unwrap_used)] // A helper that fails is a test that fails.
+
 mod common;
 
 use baton_engine::WantedLogits;

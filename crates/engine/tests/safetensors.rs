@@ -1,6 +1,8 @@
 //! Random models in Hugging Face folders (Llama, Qwen2, Qwen3) against transformers in float32 on the same weights
 //! (tests/golden/engine_random.py).
 
+#![allow(clippy::unwrap_used)] // A helper that fails is a test that fails.
+
 mod common;
 
 use baton_engine::{Architecture, Isa, WantedLogits};

@@ -28,7 +28,7 @@ pub(super) fn check(path: &Path, config: &ModelConfig, field: impl Fn(&str) -> S
     within("head_dim", config.head_dim, HEAD_DIM_MAX)?;
     within("vocab", config.vocab, VOCAB_MAX)?;
     within("context", config.context_tokens, u32::MAX)?;
-    if config.heads % config.kv_heads != 0 {
+    if !config.heads.is_multiple_of(config.kv_heads) {
         return Err(invalid(
             path,
             field("kv_heads"),
@@ -36,7 +36,7 @@ pub(super) fn check(path: &Path, config: &ModelConfig, field: impl Fn(&str) -> S
             format!("a divisor of {} heads", config.heads),
         ));
     }
-    if config.head_dim % 2 != 0 {
+    if !config.head_dim.is_multiple_of(2) {
         return Err(invalid(
             path,
             field("head_dim"),

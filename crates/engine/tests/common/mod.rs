@@ -1,6 +1,7 @@
 //! What the engine's integration tests share: the real model, arenas with shuffled blocks, runs of whole sequences.
 
 #![allow(dead_code)] // Each test binary uses its part.
+#![allow(clippy::unwrap_used)] // A helper that fails is a test that fails.
 
 pub mod random_model;
 

@@ -120,13 +120,11 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
     let end = unit.start + unit.tokens;
     for context in (0..end).step_by(LANES) {
         let positions = LANES.min(end - context);
-        // SAFETY: `room`'s parts have the lengths that the loads and the turning need; the caller's promise.
+        // SAFETY: `room`'s parts have the lengths that the loads need; the caller's promise.
         unsafe {
             prefetch::<S>(&unit.kv, context + LANES, end, unit.head_dim);
             load::<S>(&unit.kv, KvPart::Key, context, positions, unit.head_dim, dim, room.rows);
-            for d in (0..dim).step_by(LANES) {
-                S::turn(room.rows.as_ptr().add(d), dim, room.keys.as_mut_ptr().add(d * LANES));
-            }
+            turn(room.rows, room.keys, dim);
             load::<S>(
                 &unit.kv,
                 KvPart::Value,
@@ -164,10 +162,10 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
             first += count;
         }
     }
-    for row in 0..rows {
-        let out = &mut unit.out[row * unit.head_dim..(row + 1) * unit.head_dim];
-        for (out, sum) in out.iter_mut().zip(&room.sums[row * dim..]) {
-            *out = sum / totals[row];
+    let outs = unit.out.chunks_exact_mut(unit.head_dim);
+    for ((out, sums), total) in outs.zip(room.sums.chunks_exact(dim)).zip(totals) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = sum / *total;
         }
     }
 }
@@ -261,6 +259,16 @@ unsafe fn prefetch<S: Simd>(kv: &KvHead<'_>, context: usize, end: usize, head_di
         for at in (0..bytes).step_by(64) {
             // SAFETY: the instructions exist by the caller's promise; the address is inside the arena.
             unsafe { S::prefetch(from.as_ptr().add(at)) };
+        }
+    }
+}
+
+/// `(LANES, dim)` to `(dim, LANES)`.
+#[inline(always)]
+fn turn(rows: &[f32], out: &mut [f32], dim: usize) {
+    for (d, out) in out.chunks_exact_mut(LANES).enumerate() {
+        for (t, out) in out.iter_mut().enumerate() {
+            *out = rows[t * dim + d];
         }
     }
 }

@@ -139,8 +139,8 @@ unsafe fn chains<S: Simd, D: Decode, const P: usize, const M: usize>(
             for i in 0..D::LOW {
                 for p in 0..P {
                     let w = D::low::<S>(at[p], shared[p], i);
-                    for m in 0..M {
-                        acc[p][m] = S::fma(w, S::splat(*x.add(m)), acc[p][m]);
+                    for (m, acc) in acc[p].iter_mut().enumerate() {
+                        *acc = S::fma(w, S::splat(*x.add(m)), *acc);
                     }
                 }
                 x = x.add(M);
@@ -148,8 +148,8 @@ unsafe fn chains<S: Simd, D: Decode, const P: usize, const M: usize>(
             for i in 0..D::HIGH {
                 for p in 0..P {
                     let w = D::high::<S>(at[p], shared[p], i);
-                    for m in 0..M {
-                        acc[p][m] = S::fma(w, S::splat(*x.add(m)), acc[p][m]);
+                    for (m, acc) in acc[p].iter_mut().enumerate() {
+                        *acc = S::fma(w, S::splat(*x.add(m)), *acc);
                     }
                 }
                 x = x.add(M);

@@ -2,8 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use super::LANES;
-
 /// Sixteen lanes of f32.
 ///
 /// # Safety
@@ -39,17 +37,6 @@ pub(super) trait Simd: Copy + 'static {
     /// Asks for the cache line at `at`, which may be any address.
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
-
-    /// Turns 16 x 16 elements: column `d` of `from`, whose rows lie `stride` apart, becomes row `d` of `to`.
-    #[inline(always)]
-    unsafe fn turn(from: *const f32, stride: usize, to: *mut f32) {
-        for d in 0..LANES {
-            for t in 0..LANES {
-                // SAFETY: the caller gives sixteen rows at `from`, and room for sixteen of sixteen at `to`.
-                unsafe { *to.add(d * LANES + t) = *from.add(t * stride + d) };
-            }
-        }
-    }
 
     /// `e^x`, within 2 ulp for -87..=88, clamped outside. Polynomial: Cephes `expf`.
     #[inline(always)]

@@ -103,38 +103,6 @@ impl Simd for Avx512 {
     unsafe fn prefetch(at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
-    #[inline(always)]
-    unsafe fn turn(from: *const f32, stride: usize, to: *mut f32) {
-        unsafe {
-            let mut rows = [_mm512_setzero_ps(); 16];
-            let mut pairs = rows;
-            for (t, row) in rows.iter_mut().enumerate() {
-                *row = _mm512_loadu_ps(from.add(t * stride));
-            }
-            for i in 0..8 {
-                pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-                pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-            }
-            // Afterwards lane l (of four floats) of rows[4 g + j] holds column 4 l + j of rows 4 g to 4 g + 3.
-            for g in 0..4 {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|j| _mm512_castps_pd(pairs[4 * g + j]));
-                rows[4 * g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-                rows[4 * g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-                rows[4 * g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-                rows[4 * g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-            }
-            for j in 0..4 {
-                let even = _mm512_shuffle_f32x4::<0x88>(rows[j], rows[4 + j]);
-                let even_high = _mm512_shuffle_f32x4::<0x88>(rows[8 + j], rows[12 + j]);
-                let odd = _mm512_shuffle_f32x4::<0xDD>(rows[j], rows[4 + j]);
-                let odd_high = _mm512_shuffle_f32x4::<0xDD>(rows[8 + j], rows[12 + j]);
-                _mm512_storeu_ps(to.add(j * 16), _mm512_shuffle_f32x4::<0x88>(even, even_high));
-                _mm512_storeu_ps(to.add((4 + j) * 16), _mm512_shuffle_f32x4::<0x88>(odd, odd_high));
-                _mm512_storeu_ps(to.add((8 + j) * 16), _mm512_shuffle_f32x4::<0xDD>(even, even_high));
-                _mm512_storeu_ps(to.add((12 + j) * 16), _mm512_shuffle_f32x4::<0xDD>(odd, odd_high));
-            }
-        }
-    }
 }
 
 impl Simd for Avx2 {
