@@ -234,12 +234,15 @@ pub async fn run(coordinator: &mut Coordinator, node: &EchoNode, arguments: &Arg
     let front = InferenceClient::connect(format!("http://{}", coordinator.grpc)).await?;
     let direct = NodeClient::connect(format!("http://{}", node.address)).await?;
     let identity = (node.instance.to_string(), node.fingerprint.to_string());
-    for _ in 0..200 {
-        if through(front.clone(), 1, 4).await.is_ok() {
+    let mut warm = through(front.clone(), 1, 4).await;
+    for _ in 0..20 {
+        if warm.is_ok() {
             break;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        warm = through(front.clone(), 1, 4).await;
     }
+    warm.context("the coordinator does not serve the echo node")?;
     delays(node, &[]).ok();
     let (mut front_p, mut direct_p, mut cpu, mut tokens, mut seconds) = (Vec::new(), Vec::new(), 0.0, 0, 0.0);
     for _ in 0..arguments.rounds {

@@ -113,10 +113,15 @@ async fn stream_tokens(
     let name = *work.prompt.first()?;
     let total = work.sampling?.max_tokens?;
     let event = |event| Ok(v1::DecodeEvent { event: Some(event) });
+    let peer = v1::TransferPeer {
+        node_id: "echo".into(),
+        instance: open.instance,
+        addresses: Vec::new(),
+    };
     let accepted = v1::Accepted {
         ticket: work.ticket,
         held_blocks: 0,
-        peer: None,
+        peer: Some(peer),
     };
     events.send(event(Event::Accepted(accepted))).await.ok()?;
     let start = tokio::time::Instant::now();
