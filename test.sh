@@ -60,10 +60,7 @@ else
 fi
 export BATON_TEST_MODEL BATON_TEST_LONG=$long
 
-stage "unit and crate tests"
-cargo test --workspace --exclude baton-tests --locked --quiet -- --test-threads 2
-
-stage "cluster tests"
-# One test at a time: each starts processes of its own that want both cores.
-cargo test -p baton-tests --locked -- --test-threads 1
+stage "tests"
+# One selection of packages for build and run: another would mean other features, and all dependencies built again.
+cargo test --workspace --locked --no-fail-fast -- --test-threads 2
 stage ""

@@ -111,12 +111,21 @@ pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<
     Ok(Ok(answer))
 }
 
+/// Fetches a page; gives status and the whole answer.
+pub async fn http_get(base: &str, path: &str) -> Result<(u16, String)> {
+    http(base, &format!("GET {path}"), &[]).await
+}
+
 /// Sends a body to the HTTP door as it is (it need not be JSON, nor UTF-8); gives status and the whole answer.
 pub async fn http_post(base: &str, path: &str, body: &[u8]) -> Result<(u16, String)> {
+    http(base, &format!("POST {path}"), body).await
+}
+
+async fn http(base: &str, request: &str, body: &[u8]) -> Result<(u16, String)> {
     let address = base.trim_start_matches("http://");
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        "{request} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await?;

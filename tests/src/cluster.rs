@@ -6,6 +6,7 @@ use baton_proto::v1;
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::inference_client::InferenceClient;
 use std::time::Duration;
+use tokio::sync::{Mutex, MutexGuard};
 use tonic::transport::{Channel, Endpoint};
 
 /// Which store the cluster's membership lives in.
@@ -76,7 +77,11 @@ pub struct Cluster {
     /// Nodes that the test runs in its own process.
     pub foreign: usize,
     options: ClusterOptions,
+    _turn: MutexGuard<'static, ()>,
 }
+
+/// Clusters of one test program take turns: each wants all cores.
+static TURN: Mutex<()> = Mutex::const_new(());
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 
@@ -97,6 +102,7 @@ impl Cluster {
 
     /// Starts the coordinator and no node.
     pub async fn coordinator_alone(options: ClusterOptions) -> Result<Self> {
+        let turn = TURN.lock().await;
         let coordinator = start_coordinator(&options).await?;
         Ok(Self {
             coordinator,
@@ -104,6 +110,7 @@ impl Cluster {
             decode: Vec::new(),
             foreign: 0,
             options,
+            _turn: turn,
         })
     }
 

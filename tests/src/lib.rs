@@ -7,7 +7,7 @@ mod etcd;
 mod process;
 mod prompts;
 
-pub use client::{Answer, Ask, ask, http_post, stream_ask};
+pub use client::{Answer, Ask, ask, http_get, http_post, stream_ask};
 pub use cluster::{Cluster, ClusterOptions, Store};
 pub use etcd::Etcd;
 pub use process::{Process, baton_binary, long_campaign, model_path, test_python, until};

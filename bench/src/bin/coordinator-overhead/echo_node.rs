@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 const BLOCKS: u32 = 1 << 20;
@@ -21,6 +22,15 @@ const BLOCKS: u32 = 1 << 20;
 /// When each token of each request was sent: `(first prompt token, token's index, moment)`. The prompt's first token names
 /// the stream.
 pub type Stamps = Arc<Mutex<Vec<(u32, u32, Instant)>>>;
+
+/// When tokens are sent.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// Between two tokens of a stream.
+    pub gap: Duration,
+    /// All streams at the same moments, as a batch gives them, instead of spread over the gap.
+    pub aligned: bool,
+}
 
 /// The running node.
 pub struct EchoNode {
@@ -32,7 +42,7 @@ pub struct EchoNode {
 }
 
 struct Service {
-    gap: Duration,
+    pace: Pace,
     instance: Instance,
     card: Vec<u8>,
     stamps: Stamps,
@@ -42,7 +52,7 @@ type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl EchoNode {
     /// Serves on a free port and registers as a ready decode node.
-    pub async fn start(store: &str, gap: Duration) -> Result<Self> {
+    pub async fn start(store: &str, pace: Pace) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?.to_string();
         let (instance, fingerprint) = (Instance::random(), ModelFingerprint([1; 32]));
@@ -81,15 +91,14 @@ impl EchoNode {
         };
         let stamps = Stamps::default();
         let service = Service {
-            gap,
+            pace,
             instance,
             card: card.to_bytes(),
             stamps: stamps.clone(),
         };
-        let server = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .add_service(NodeServer::new(service));
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let server = tonic::transport::Server::builder().add_service(NodeServer::new(service));
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        tokio::spawn(server.serve_with_incoming(incoming));
         let options = StoreOptions::new(store.parse::<StoreAddress>()?);
         let store = Store::connect(options, Clock::new(), Supervisor::new()).await?;
         let registration = store.register(record).await?;
@@ -105,7 +114,7 @@ impl EchoNode {
 
 async fn stream_tokens(
     open: v1::DecodeOpen,
-    gap: Duration,
+    pace: Pace,
     stamps: Stamps,
     events: mpsc::Sender<Result<v1::DecodeEvent, Status>>,
 ) -> Option<()> {
@@ -124,9 +133,15 @@ async fn stream_tokens(
         peer: Some(peer),
     };
     events.send(event(Event::Accepted(accepted))).await.ok()?;
-    let start = tokio::time::Instant::now();
+    // Names are small numbers: the golden ratio spreads them evenly over one gap.
+    let share = if pace.aligned {
+        0.0
+    } else {
+        (f64::from(name) * 0.618_034).fract()
+    };
+    let start = tokio::time::Instant::now() + pace.gap.mul_f64(share);
     for index in 0..total {
-        tokio::time::sleep_until(start + gap * (index + 1)).await;
+        tokio::time::sleep_until(start + pace.gap * (index + 1)).await;
         let mut tokens = v1::Tokens {
             first_index: index,
             tokens: vec![97 + index % 26],
@@ -164,14 +179,14 @@ impl Node for Service {
         request: Request<Streaming<v1::DecodeCommand>>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
         let mut commands = request.into_inner();
-        let (gap, stamps) = (self.gap, self.stamps.clone());
+        let (pace, stamps) = (self.pace, self.stamps.clone());
         let (events, replies) = mpsc::channel(64);
         tokio::spawn(async move {
             if let Some(Ok(v1::DecodeCommand {
                 command: Some(Command::Open(open)),
             })) = commands.next().await
             {
-                stream_tokens(open, gap, stamps, events).await;
+                stream_tokens(open, pace, stamps, events).await;
             }
             // The coordinator's side stays open until it has read the end.
             while let Some(Ok(_)) = commands.next().await {}

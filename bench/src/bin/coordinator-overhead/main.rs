@@ -6,7 +6,7 @@ mod measure;
 
 use anyhow::Result;
 use clap::Parser;
-use echo_node::EchoNode;
+use echo_node::{EchoNode, Pace};
 use std::time::Duration;
 
 /// Measures the coordinator's overhead per token.
@@ -21,6 +21,9 @@ struct Arguments {
     /// Time between a stream's tokens, microseconds.
     #[arg(long, default_value_t = 5000)]
     gap_us: u64,
+    /// All streams' tokens at the same moments, as one node's batch gives them, instead of spread over the gap.
+    #[arg(long)]
+    aligned: bool,
     /// Interleaved rounds of (through the coordinator, straight from the node).
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -33,7 +36,11 @@ struct Arguments {
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let mut coordinator = measure::Coordinator::start().await?;
-    let node = EchoNode::start(&coordinator.store, Duration::from_micros(arguments.gap_us)).await?;
+    let pace = Pace {
+        gap: Duration::from_micros(arguments.gap_us),
+        aligned: arguments.aligned,
+    };
+    let node = EchoNode::start(&coordinator.store, pace).await?;
     let figures = measure::run(&mut coordinator, &node, &arguments).await?;
     if arguments.json {
         println!("{}", serde_json::to_string(&figures)?);
