@@ -5,12 +5,13 @@ use super::source::{lines_with, sources};
 use super::workspace::{Package, packages};
 
 /// What each of our packages may use of our own. An arrow points down only: a row names packages of rows above it.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("baton-types", &[]),
+    ("baton-gguf", &[]),
     ("baton-node-runtime", &["baton-types"]),
     ("baton-proto", &["baton-types"]),
-    ("baton-engine", &["baton-types"]),
-    ("baton-text", &["baton-types"]),
+    ("baton-engine", &["baton-types", "baton-gguf"]),
+    ("baton-text", &["baton-types", "baton-gguf"]),
     ("baton-scheduling", &["baton-types"]),
     ("baton-cluster-state", &["baton-types", "baton-node-runtime"]),
     ("baton-kv-transfer", &["baton-types", "baton-node-runtime"]),
@@ -92,8 +93,9 @@ const ONLY: [(&str, &[&str]); 6] = [
 ];
 
 /// Outside packages, by the beginning of their name, that these of ours must not name.
-const NEVER: [(&str, &[&str]); 6] = [
+const NEVER: [(&str, &[&str]); 7] = [
     ("baton-types", &["tokio", "prost", "tonic"]),
+    ("baton-gguf", &["tokio", "memmap2"]),
     (
         "baton-kv-transfer",
         &["tonic", "prost-types", "http", "axum", "etcd", "tokenizers"],

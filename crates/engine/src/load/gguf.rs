@@ -1,12 +1,12 @@
 //! GGUF models of the llama architecture.
 
-use super::checkpoint::{Checkpoint, Entry};
-use super::gguf_header::{self, Header, Value};
+use super::checkpoint::Checkpoint;
+use super::gguf_header;
 use super::limits;
 use super::mapped::Mapped;
 use crate::error::LoadError;
 use crate::model::{Architecture, ElementType, ModelConfig, Naming, RopeScaling, RopeStyle};
-use std::collections::BTreeMap;
+use baton_gguf::{Header, Value};
 use std::path::Path;
 
 /// Maps and checks a file.
@@ -17,23 +17,10 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint, LoadError> {
     let file = Mapped::open(path)?;
     let header = gguf_header::parse(path, file.bytes())?;
     let config = Reader { path, header: &header }.config(file.bytes())?;
-    let mut entries = BTreeMap::new();
-    for tensor in header.tensors {
-        let entry = Entry {
-            file: 0,
-            element: tensor.element,
-            shape: tensor.shape,
-            bytes: tensor.bytes,
-        };
-        if entries.insert(tensor.name.clone(), entry).is_some() {
-            let (field, reason) = (format!("tensor {}", tensor.name), "appears twice".into());
-            return Err(LoadError::Corrupt {
-                path: path.to_owned(),
-                field,
-                reason,
-            });
-        }
-    }
+    let entries = header.tensors.into_iter();
+    let entries = entries
+        .map(|(name, tensor)| (name, gguf_header::entry(tensor)))
+        .collect();
     Ok(Checkpoint {
         config,
         path: path.to_owned(),
@@ -79,12 +66,8 @@ impl Reader<'_> {
         };
         self.same("llama.attention.value_length", head_dim)?;
         self.same("llama.rope.dimension_count", head_dim)?;
-        let embedding = self
-            .header
-            .tensors
-            .iter()
-            .find(|tensor| tensor.name == "token_embd.weight");
-        let Some([vocab, _]) = embedding.map(|tensor| &tensor.shape[..]) else {
+        let tensors = &self.header.tensors;
+        let Some([vocab, _]) = tensors.get("token_embd.weight").map(|tensor| &tensor.shape[..]) else {
             let tensor = "token_embd.weight".to_owned();
             return Err(LoadError::MissingTensor {
                 path: self.path.to_owned(),
@@ -109,13 +92,9 @@ impl Reader<'_> {
                 let key = "llama.attention.layer_norm_rms_epsilon";
                 self.number(key)?.ok_or_else(|| self.missing(key))?
             },
-            qkv_bias: self
-                .header
-                .tensors
-                .iter()
-                .any(|tensor| tensor.name == "blk.0.attn_q.bias"),
+            qkv_bias: tensors.contains_key("blk.0.attn_q.bias"),
             qk_norm: false,
-            tied_embeddings: !self.header.tensors.iter().any(|tensor| tensor.name == "output.weight"),
+            tied_embeddings: !tensors.contains_key("output.weight"),
             eos_tokens: self.eos_tokens()?,
         };
         limits::check(self.path, &config, gguf_field)?;
@@ -133,36 +112,29 @@ impl Reader<'_> {
     }
 
     fn rope_scaling(&self, data: &[u8], head_dim: u32) -> Result<RopeScaling, LoadError> {
-        if let Some(tensor) = self
-            .header
-            .tensors
-            .iter()
-            .find(|tensor| tensor.name == "rope_freqs.weight")
-        {
+        let name = "rope_freqs.weight";
+        if let Some(tensor) = self.header.tensors.get(name).cloned().map(gguf_header::entry) {
             let expected = vec![u64::from(head_dim / 2)];
+            let (path, wrong) = (self.path.to_owned(), name.to_owned());
             if tensor.shape != expected {
-                let (tensor, found) = (tensor.name.clone(), tensor.shape.clone());
                 return Err(LoadError::WrongShape {
-                    path: self.path.to_owned(),
-                    tensor,
-                    found,
+                    path,
+                    tensor: wrong,
+                    found: tensor.shape,
                     expected,
                 });
             }
             if tensor.element != Ok(ElementType::F32) {
-                let found = tensor
-                    .element
-                    .as_ref()
-                    .map_or_else(String::clone, |element| element.name().to_owned());
-                let (path, tensor) = (self.path.to_owned(), tensor.name.clone());
                 return Err(LoadError::UnsupportedTensorType {
                     path,
-                    tensor,
-                    found,
+                    tensor: wrong,
+                    found: tensor
+                        .element
+                        .map_or_else(|name| name, |element| element.name().to_owned()),
                     supported: "F32",
                 });
             }
-            let bytes = data[tensor.bytes.clone()].chunks_exact(4);
+            let bytes = data[tensor.bytes].chunks_exact(4);
             return Ok(RopeScaling::Factors(
                 bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             ));
@@ -194,21 +166,15 @@ impl Reader<'_> {
         let Some(value) = self.header.metadata.get(key) else {
             return Ok(None);
         };
-        let one = |value: &Value| match value {
-            Value::Unsigned(n) => u32::try_from(*n).ok(),
-            Value::Signed(n) => u32::try_from(*n).ok(),
-            Value::Float(_) | Value::Bool(_) | Value::Text(_) | Value::Numbers(_) | Value::Skipped => None,
-        };
-        let found = match value {
-            Value::Numbers(values) => match values.first().and_then(one) {
-                Some(first) if values.iter().all(|value| one(value) == Some(first)) => Some(first),
-                Some(_) => return Err(self.unsupported(key, "different in each layer", "one value for all layers")),
-                None => None,
-            },
-            other => one(other),
+        let found = match value.as_integers() {
+            Some([first, rest @ ..]) if rest.iter().any(|number| number != first) => {
+                return Err(self.unsupported(key, "different in each layer", "one value for all layers"));
+            }
+            Some(numbers) => numbers.first().and_then(|number| u32::try_from(*number).ok()),
+            None => value.as_u32(),
         };
         let expected = || "a non-negative 32-bit integer".to_owned();
-        let wrong = || limits::invalid(self.path, key.to_owned(), format!("{value:?}"), expected());
+        let wrong = || limits::invalid(self.path, key.to_owned(), value, expected());
         found.map(Some).ok_or_else(wrong)
     }
 
@@ -216,13 +182,8 @@ impl Reader<'_> {
         match self.header.metadata.get(key) {
             None => Ok(None),
             Some(Value::Float(x)) => Ok(Some(*x as f32)),
-            Some(Value::Unsigned(n)) => Ok(Some(*n as f32)),
-            Some(other) => Err(limits::invalid(
-                self.path,
-                key.to_owned(),
-                format!("{other:?}"),
-                "a number".into(),
-            )),
+            Some(Value::Integer(n)) => Ok(Some(*n as f32)),
+            Some(other) => Err(limits::invalid(self.path, key.to_owned(), other, "a number".into())),
         }
     }
 
@@ -230,12 +191,7 @@ impl Reader<'_> {
         match self.header.metadata.get(key) {
             None => Ok(None),
             Some(Value::Text(text)) => Ok(Some(text)),
-            Some(other) => Err(limits::invalid(
-                self.path,
-                key.to_owned(),
-                format!("{other:?}"),
-                "a string".into(),
-            )),
+            Some(other) => Err(limits::invalid(self.path, key.to_owned(), other, "a string".into())),
         }
     }
 
