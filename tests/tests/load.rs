@@ -24,15 +24,15 @@ fn request(index: u64) -> Ask {
 }
 
 fn process_figures(status: &v1::ClusterStatusResponse) -> Vec<(String, u32, u32)> {
-    let figures = |name: &str, process: &Option<v1::ProcessStatus>| {
-        let process = process.clone().unwrap_or_default();
+    let figures = |name: &str, process: Option<v1::ProcessStatus>| {
+        let process = process.unwrap_or_default();
         (name.to_owned(), process.tasks, process.open_files)
     };
     let nodes = status.nodes.iter();
     let mut all: Vec<_> = nodes
-        .map(|node| figures(&node.node_id, &node.load.as_ref().and_then(|load| load.process.clone())))
+        .map(|node| figures(&node.node_id, node.load.as_ref().and_then(|load| load.process)))
         .collect();
-    all.push(figures("coordinator", &status.process));
+    all.push(figures("coordinator", status.process));
     all.sort();
     all
 }
@@ -52,7 +52,7 @@ async fn two_hundred_at_once_with_a_fifth_cancelled_leave_nothing_behind() -> Re
         let client = client.clone();
         running.spawn(async move {
             let ask_for = request(index);
-            if mix(index + 99) % 5 != 0 {
+            if !mix(index + 99).is_multiple_of(5) {
                 return Ok((index, Some(ask(&client, &ask_for).await??)));
             }
             let mut stream = stream_ask(&client, &ask_for).await?;
