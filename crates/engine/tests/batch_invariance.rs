@@ -6,13 +6,9 @@ mod common;
 
 use baton_engine::{Isa, Slice, StepObserver, Unobserved, WantedLogits};
 use baton_types::{BlockId, KvDtype};
-use common::{Rig, assert_bits, golden, options, random_model, real_model};
+use common::{Rig, assert_bits, golden, options, paths, random_model, real_model};
 use std::ops::ControlFlow;
 use std::path::Path;
-
-fn paths() -> impl Iterator<Item = Isa> {
-    Isa::ALL.into_iter().filter(|isa| isa.is_available())
-}
 
 fn tokens(seed: u32, len: usize, vocab: u32) -> Vec<u32> {
     (0..len as u32)

@@ -5,9 +5,9 @@
 
 mod common;
 
-use baton_engine::{Architecture, Isa, WantedLogits};
+use baton_engine::{Architecture, WantedLogits};
 use baton_types::KvDtype;
-use common::{Rig, golden, options, random_model};
+use common::{Rig, golden, options, paths, random_model};
 
 /// Logits lie within -6..6. Only the order of additions differs: 0.0000035 at most.
 const TOLERANCE: f32 = 0.00003;
@@ -27,7 +27,7 @@ fn logits_are_those_of_the_reference() {
             .iter()
             .map(|id| id.as_u64().unwrap() as u32)
             .collect();
-        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for isa in paths() {
             let dtypes = [
                 (KvDtype::F32, TOLERANCE),
                 (KvDtype::F16, TOLERANCE_F16),

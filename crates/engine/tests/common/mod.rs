@@ -7,6 +7,7 @@ pub mod random_model;
 
 use baton_engine::{Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
 use baton_types::{ArenaView, BlockId, KvDtype};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 pub const BLOCK_TOKENS: u32 = 16;
@@ -29,6 +30,16 @@ pub fn real_model() -> PathBuf {
     [beside, cached].into_iter().find(|path| path.is_file()).expect(
         "no model to test with: fetch it by `cargo run --release -- model get smollm2`, or set BATON_TEST_MODEL",
     )
+}
+
+/// The instruction-set paths of this machine. Those that it lacks are named past the test runner's capture.
+pub fn paths() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| {
+        if !isa.is_available() {
+            let _ = writeln!(std::io::stderr(), "skipped: this machine has no {}", isa.name());
+        }
+        isa.is_available()
+    })
 }
 
 /// Golden data of tests/golden.
