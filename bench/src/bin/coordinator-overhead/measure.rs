@@ -10,7 +10,8 @@ use baton_proto::v1::{self, decode_command::Command, decode_event::Event, genera
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -22,6 +23,7 @@ use tonic::transport::Channel;
 pub struct Coordinator {
     child: Child,
     grpc: String,
+    admin: String,
     /// As `--store` wants it.
     pub store: String,
 }
@@ -56,8 +58,34 @@ impl Coordinator {
         Ok(Self {
             child,
             grpc: said.grpc.context("a gRPC address")?,
+            admin: said.admin.context("an admin address")?,
             store,
         })
+    }
+
+    /// Share of frames that took at most `bound` seconds inside the coordinator, from received to handed on, by its own
+    /// histogram; `bound` as the bucket's label says it.
+    fn frames_within(&self, bound: &str) -> Result<f64> {
+        let mut stream = TcpStream::connect(&self.admin)?;
+        write!(
+            stream,
+            "GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page)?;
+        let value = |bound: &str| -> Option<f64> {
+            let start = format!("baton_coordinator_frame_seconds_bucket{{le=\"{bound}\"}} ");
+            page.lines()
+                .find_map(|line| line.strip_prefix(&start))?
+                .trim()
+                .parse()
+                .ok()
+        };
+        let (within, all) = (
+            value(bound).context("the bucket")?,
+            value("+Inf").context("the histogram")?,
+        );
+        Ok(within / all)
     }
 
     /// User and system time so far.
@@ -94,6 +122,8 @@ pub struct Figures {
     added_us_p50: f64,
     added_us_p99: f64,
     coordinator_cpu_us_per_token: f64,
+    frames_within_100_us: f64,
+    frames_within_250_us: f64,
 }
 
 impl fmt::Display for Figures {
@@ -116,10 +146,15 @@ impl fmt::Display for Figures {
             "added (medians)         {:>7.1}  {:>7.1}",
             self.added_us_p50, self.added_us_p99
         )?;
-        write!(
+        writeln!(
             f,
             "coordinator CPU: {:.1} us per token",
             self.coordinator_cpu_us_per_token
+        )?;
+        let (in_100, in_250) = (100.0 * self.frames_within_100_us, 100.0 * self.frames_within_250_us);
+        write!(
+            f,
+            "inside the coordinator: {in_100:.2}% of frames within 100 us, {in_250:.2}% within 250 us"
         )
     }
 }
@@ -278,5 +313,7 @@ pub async fn run(coordinator: &mut Coordinator, node: &EchoNode, arguments: &Arg
         added_us_p50: f50 - d50,
         added_us_p99: f99 - d99,
         coordinator_cpu_us_per_token: cpu / tokens as f64,
+        frames_within_100_us: coordinator.frames_within("0.0001")?,
+        frames_within_250_us: coordinator.frames_within("0.00025")?,
     })
 }
