@@ -850,7 +850,7 @@ pub struct NodeStatus {
     pub instance: ::prost::alloc::string::String,
     #[prost(enumeration = "NodeRole", tag = "3")]
     pub role: i32,
-    /// starting, ready, draining, or lost (record gone or heartbeat broken)
+    /// starting, ready, draining, lost (record gone or heartbeat broken), or refused (its model differs: see last_errors)
     #[prost(string, tag = "4")]
     pub state: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
