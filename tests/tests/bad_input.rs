@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use baton_proto::v1;
-use baton_tests::{Ask, Cluster, ClusterOptions, ask, baton_binary, http_post, model_path};
+use baton_tests::{Ask, Cluster, ClusterOptions, ask, baton_binary, http_post, model_path, until};
 use std::path::Path;
 use std::time::Duration;
 use tokio::process::Command;
@@ -224,42 +224,40 @@ fn path_text(path: &Path) -> &str {
 async fn nodes_of_different_models_are_never_paired() -> Result<()> {
     let mut cluster = Cluster::start(ClusterOptions::pair("stub:layers=4")).await?;
     let client = cluster.client().await?;
-    let reference = ask(&client, &Ask::greedy_ids(vec![1; 100], 8)).await??;
+    ask(&client, &Ask::greedy_ids(vec![1; 100], 8)).await??;
     cluster.set_model("stub:layers=2");
     cluster.decode[0].kill().await?;
     cluster.restart("decode", 0).await?;
-    // The prefill node's model has no decode node and the other way round: nothing can be routed, and that is said.
-    let end = std::time::Instant::now() + Duration::from_secs(20);
-    loop {
-        match ask(&client, &Ask::greedy_ids(vec![1; 100], 8)).await? {
-            Err(status)
-                if matches!(
-                    status.code(),
-                    Code::NotFound | Code::Unavailable | Code::FailedPrecondition
-                ) =>
-            {
-                let listed = client
-                    .clone()
-                    .list_models(v1::ListModelsRequest {})
-                    .await?
-                    .into_inner()
-                    .models;
-                if listed.len() <= 1 && !status.message().is_empty() {
-                    return Ok(());
-                }
-            }
-            // Colocated service by the new decode node alone would be right; tokens of a mixed pair would not.
-            Ok(answer) => ensure!(
-                answer.timeline.handover_bytes == 0 && reference.tokens.len() == 8,
-                "a mixed pair answered"
-            ),
-            Err(status) => ensure!(end > std::time::Instant::now(), "unclear refusal: {status:?}"),
-        }
-        ensure!(
-            std::time::Instant::now() < end,
-            "neither refused nor served alone: {}",
-            cluster.logs()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let fault = until(
+        "the other node is refused by name of the field",
+        Duration::from_secs(20),
+        || async {
+            let status = cluster.status().await.ok()?;
+            let refused = status.nodes.into_iter().find(|node| node.state == "refused")?;
+            Some(refused.load?.last_errors.first()?.message.clone())
+        },
+    );
+    let fault = fault.await.with_context(|| cluster.logs())?;
+    ensure!(
+        fault.contains("fingerprint") || fault.contains("layers"),
+        "the field is not named: {fault}"
+    );
+    // Nothing can be routed now: no pair fits, and that is said; tokens of a mixed pair would be wrong.
+    let status = ask(&client, &Ask::greedy_ids(vec![1; 100], 8))
+        .await?
+        .err()
+        .context("a mixed pair answered")?;
+    ensure!(
+        matches!(status.code(), Code::NotFound | Code::Unavailable),
+        "{status:?}"
+    );
+    ensure!(!status.message().is_empty());
+    let listed = client
+        .clone()
+        .list_models(v1::ListModelsRequest {})
+        .await?
+        .into_inner()
+        .models;
+    ensure!(listed.is_empty(), "a model is listed that no pair serves: {listed:?}");
+    Ok(())
 }
