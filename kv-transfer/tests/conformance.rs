@@ -106,8 +106,9 @@ async fn hand_over(writer: &Node, receiver: &Node, from: &[BlockId], to: &[Block
     let claim = claim();
     let extents = from
         .iter()
+        .zip(to)
         .zip(0..)
-        .map(|(source, i)| writer.extent(i, 0..layers, *source, &claim))
+        .map(|((source, to), i)| writer.extent(i, 0..layers, *source, *to, &claim))
         .collect();
     path.write(epoch, extents).await.unwrap();
     assert_free(&claim);
@@ -147,7 +148,7 @@ async fn a_hundred_thousand_extents_arrive(kind: &dyn Kind) {
     let claim = claim();
     let extents = (0..blocks)
         .flat_map(|i| (0..layers).map(move |layer| (i, layer)))
-        .map(|(i, layer)| writer.extent(i, layer..layer + 1, BlockId(i), &claim))
+        .map(|(i, layer)| writer.extent(i, layer..layer + 1, BlockId(i), to[i as usize], &claim))
         .collect();
     path.write(EPOCH, extents).await.unwrap();
     assert_free(&claim);
@@ -183,7 +184,7 @@ async fn layers_arrive_in_any_order(kind: &dyn Kind) {
     let claim = claim();
     for layers in [4..6, 0..1, 1..4] {
         for ordinal in [2, 0, 1] {
-            let extent = writer.extent(ordinal, layers.clone(), BlockId(3 - ordinal), &claim);
+            let extent = writer.extent(ordinal, layers.clone(), BlockId(3 - ordinal), BlockId(ordinal), &claim);
             path.write(EPOCH, vec![extent]).await.unwrap();
         }
     }
@@ -204,7 +205,9 @@ async fn large_pair(kind: &dyn Kind) -> (Node, Node, Vec<Extent>, SourceClaim) {
     let (writer, receiver) = pair(kind, &options).await;
     receiver.book.grant(EPOCH, writer.instance(), ids(0..64));
     let claim = claim();
-    let extents = (0..64).map(|i| writer.extent(i, 0..4, BlockId(i), &claim)).collect();
+    let extents = (0..64)
+        .map(|i| writer.extent(i, 0..4, BlockId(i), BlockId(i), &claim))
+        .collect();
     (writer, receiver, extents, claim)
 }
 
@@ -244,7 +247,7 @@ async fn a_cancelled_write_keeps_its_claims_until_the_path_is_closed(kind: &dyn 
     receiver.book.open_gate();
     closed.await;
     assert_free(&claim);
-    let extent = writer.extent(0, 0..4, BlockId(0), &claim);
+    let extent = writer.extent(0, 0..4, BlockId(0), BlockId(0), &claim);
     assert_eq!(path.write(EPOCH, vec![extent]).await, Err(PathError::Closed));
     assert_eq!(path.fence(EPOCH).await, Err(PathError::Closed));
     assert_free(&claim);
@@ -264,7 +267,7 @@ async fn a_fence_comes_behind_all_writes_on_every_connection(kind: &dyn Kind) {
     let path = writer.connect(&receiver).await;
     assert_eq!(path.connections(), 3);
     let claim = claim();
-    let writes = (0..512).map(|i| path.write(EPOCH, vec![writer.extent(i, 0..2, BlockId(i), &claim)]));
+    let writes = (0..512).map(|i| path.write(EPOCH, vec![writer.extent(i, 0..2, BlockId(i), BlockId(i), &claim)]));
     for write in writes.collect::<Vec<_>>() {
         write.await.unwrap();
     }
@@ -298,7 +301,7 @@ async fn a_fenced_epoch_is_written_no_more(kind: &dyn Kind) {
     let path = writer.connect(&receiver).await;
     let claim = claim();
     path.fence(EPOCH).await.unwrap();
-    let write = |epoch| path.write(epoch, vec![writer.extent(0, 0..2, BlockId(0), &claim)]);
+    let write = |epoch| path.write(epoch, vec![writer.extent(0, 0..2, BlockId(0), BlockId(4), &claim)]);
     assert_eq!(write(EPOCH).await, Err(PathError::Fenced { epoch: EPOCH }));
     assert_eq!(write(Epoch(2)).await, Ok(()));
     assert_free(&claim);
@@ -336,7 +339,7 @@ async fn a_dead_receiver_ends_the_path(kind: &dyn Kind) {
     receiver.book.grant(EPOCH, writer.instance(), ids(0..8));
     let path = writer.connect(&receiver).await;
     let claim = claim();
-    let write = || path.write(EPOCH, vec![writer.extent(0, 0..2, BlockId(0), &claim)]);
+    let write = || path.write(EPOCH, vec![writer.extent(0, 0..2, BlockId(0), BlockId(0), &claim)]);
     write().await.unwrap();
     receiver.book.wait_arrived(EPOCH, 2).await;
     receiver.end().await;
@@ -414,7 +417,7 @@ async fn a_disconnected_writer_can_come_back(kind: &dyn Kind) {
 
     receiver.book.grant(Epoch(2), writer.instance(), ids(0..1));
     let path = writer.connect(&receiver).await;
-    path.write(Epoch(2), vec![writer.extent(0, 0..4, BlockId(5), &claim)])
+    path.write(Epoch(2), vec![writer.extent(0, 0..4, BlockId(5), BlockId(0), &claim)])
         .await
         .unwrap();
     receiver.book.wait_arrived(Epoch(2), 4).await;
@@ -499,10 +502,10 @@ async fn extents_that_are_none_are_refused_before_anything_is_sent(kind: &dyn Ki
     receiver.book.grant(EPOCH, writer.instance(), ids(0..8));
     let path = writer.connect(&receiver).await;
     let claim = claim();
-    let good = || writer.extent(0, 0..2, BlockId(0), &claim);
+    let good = || writer.extent(0, 0..2, BlockId(0), BlockId(0), &claim);
     let write = async |bad: Extent| path.write(EPOCH, vec![good(), bad]).await.unwrap_err();
     for layers in [0..0, 2..2, 0..3, 2..3, 5..9] {
-        let error = write(writer.extent(1, layers.clone(), BlockId(1), &claim)).await;
+        let error = write(writer.extent(1, layers.clone(), BlockId(1), BlockId(1), &claim)).await;
         assert_eq!(
             error,
             PathError::NoSuchLayers {
@@ -514,7 +517,7 @@ async fn extents_that_are_none_are_refused_before_anything_is_sent(kind: &dyn Ki
         assert!(!error.is_retryable());
     }
     assert!(matches!(
-        write(writer.extent(1, 0..2, BlockId(8), &claim)).await,
+        write(writer.extent(1, 0..2, BlockId(8), BlockId(1), &claim)).await,
         PathError::NoSuchBlock(_)
     ));
     assert_free(&claim);
@@ -534,7 +537,7 @@ async fn rejections(writer: &Node, receiver: &Node, epoch: Epoch, ordinals: &[u3
     let blocks = writer.view.blocks() as u32;
     let extents = ordinals
         .iter()
-        .map(|i| writer.extent(*i, 0..layers, BlockId(i % blocks), &claim))
+        .map(|i| writer.extent(*i, 0..layers, BlockId(i % blocks), BlockId(i % blocks), &claim))
         .collect();
     path.write(epoch, extents).await.unwrap();
     path.fence(epoch).await.unwrap();
@@ -691,7 +694,10 @@ async fn faulty_hand_overs(kind: &dyn Kind, seed: u64, faults: Faults, fenced: b
     for (table, i) in tables.iter().zip(0..) {
         receiver.book.grant(Epoch(i), writer.instance(), table.clone());
         for layer in (0..layers).step_by(2) {
-            let extents = (0..8).map(|ordinal| writer.extent(ordinal, layer..layer + 2, BlockId(ordinal), &claim));
+            let extents = (0..8).map(|ordinal| {
+                let to = table[ordinal as usize];
+                writer.extent(ordinal, layer..layer + 2, BlockId(ordinal), to, &claim)
+            });
             writes.push(tokio::spawn(path.write(Epoch(i), extents.collect())));
         }
     }

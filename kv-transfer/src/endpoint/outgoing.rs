@@ -3,7 +3,6 @@
 use super::sending::Sending;
 use crate::control::PAYLOAD_BYTES_MAX;
 use crate::session::SenderEvent;
-use crate::transport::Extent;
 use crate::{PathKind, Peer, TransferError};
 use baton_types::{Attempt, BlockId, Epoch, Ticket};
 use bytes::Bytes;
@@ -96,12 +95,7 @@ impl Outgoing {
         source: BlockId,
         claim: Arc<dyn Any + Send + Sync>,
     ) -> Result<(), TransferError> {
-        self.sending.push(Extent {
-            ordinal,
-            layers,
-            source,
-            claim,
-        })
+        self.sending.push(ordinal, layers, source, claim)
     }
 
     /// Says that everything was pushed, and waits until the receiver has committed. `payload` reaches it as it is. Dropping

@@ -6,13 +6,14 @@ use super::link::{Link, Links};
 use super::outgoing::{Granted, HandoverReport, OutgoingSpec};
 use super::stats::Counters;
 use crate::session::{Header, Outcome, Sender, SenderEffect, SenderEvent, SenderLimits};
-use crate::transport::{Extent, Path, PathError};
+use crate::transport::{Extent, Path, PathError, SourceClaim};
 use crate::{Peer, TransferError};
 use baton_node_runtime::{Clock, Moment};
-use baton_types::{Attempt, Epoch, KvGeometry, Ticket};
+use baton_types::{Attempt, BlockId, Epoch, KvGeometry, Ticket};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -246,13 +247,25 @@ impl Sending {
         }
     }
 
-    pub(super) fn push(&self, extent: Extent) -> Result<(), TransferError> {
+    pub(super) fn push(
+        &self,
+        ordinal: u32,
+        layers: Range<u32>,
+        source: BlockId,
+        claim: SourceClaim,
+    ) -> Result<(), TransferError> {
         let now = self.now();
         let mut state = self.lock();
-        let wanted = state.machine.push(now, extent.ordinal, &extent.layers);
-        if wanted == Ok(true) {
-            state.bytes += extent.layers.len() as u64 * self.layer_bytes;
-            state.queue.push_back(extent);
+        let wanted = state.machine.push(now, ordinal, &layers);
+        if let Ok(Some(destination)) = wanted {
+            state.bytes += layers.len() as u64 * self.layer_bytes;
+            state.queue.push_back(Extent {
+                ordinal,
+                layers,
+                source,
+                destination,
+                claim,
+            });
         }
         // An error may have ended the attempt.
         self.settle(state, now);

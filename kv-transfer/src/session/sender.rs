@@ -10,7 +10,7 @@
 use super::arrival::{Arrival, Misfit};
 use super::message::{ToReceiver, ToSender};
 use crate::{PathKind, TransferError};
-use baton_types::Epoch;
+use baton_types::{BlockId, Epoch};
 use bytes::Bytes;
 use std::ops::Range;
 use std::time::Duration;
@@ -34,6 +34,8 @@ pub(crate) struct Grant {
     pub epoch: Epoch,
     pub held: u32,
     pub wanted: Range<u32>,
+    /// The receiver's blocks of the wanted ordinals, in order.
+    pub destinations: Vec<BlockId>,
     pub lease: Duration,
 }
 
@@ -169,11 +171,16 @@ impl Sender {
         std::mem::take(&mut self.effects)
     }
 
-    /// Whether an extent is to be written: false where the receiver does not want it.
+    /// Where an extent is to be written; nowhere, where the receiver does not want it.
     ///
     /// # Errors
     /// Before the grant, after the end, after `Complete`, outside the context, or pushed before: the last three end the attempt.
-    pub(crate) fn push(&mut self, now: Duration, ordinal: u32, layers: &Range<u32>) -> Result<bool, TransferError> {
+    pub(crate) fn push(
+        &mut self,
+        now: Duration,
+        ordinal: u32,
+        layers: &Range<u32>,
+    ) -> Result<Option<BlockId>, TransferError> {
         if let Some(outcome) = &self.outcome {
             return Err(outcome.clone().err().unwrap_or(TransferError::AlreadyCommitted));
         }
@@ -182,14 +189,14 @@ impl Sender {
             return Err(protocol("pushed before the grant".to_owned()));
         };
         if ordinal < grant.held {
-            return Ok(false);
+            return Ok(None);
         }
         let error = match pushed.take(ordinal, layers) {
             Ok(()) => {
                 pushed.land(ordinal, layers);
                 self.drained = false;
                 self.answer_until = None;
-                return Ok(true);
+                return Ok(Some(grant.destinations[(ordinal - grant.held) as usize]));
             }
             Err(Misfit::Outside) => protocol(format!("layers {layers:?} of block {ordinal} are not wanted")),
             Err(Misfit::Duplicate | Misfit::Overlap) => {
@@ -293,7 +300,16 @@ impl Sender {
                 destinations,
                 lease,
             } => match epoch {
-                Some(epoch) if current.is_none() => self.granted(now, epoch, (held, wanted), destinations.len(), lease),
+                Some(epoch) if current.is_none() => {
+                    let grant = Grant {
+                        epoch,
+                        held,
+                        wanted,
+                        destinations,
+                        lease,
+                    };
+                    self.granted(now, grant);
+                }
                 Some(_) | None => {}
             },
             ToSender::Refused { error } if current.is_none() => self.fail(now, error, false),
@@ -308,35 +324,22 @@ impl Sender {
         }
     }
 
-    fn granted(
-        &mut self,
-        now: Duration,
-        epoch: Epoch,
-        (held, wanted): (u32, Range<u32>),
-        destinations: usize,
-        lease: Duration,
-    ) {
+    fn granted(&mut self, now: Duration, grant: Grant) {
         if self.outcome.is_some() || !self.asked {
             // Given up while the grant was under way: nothing was written under it, nor will be.
             let message = ToReceiver::Fenced { connections: 0 };
             self.effects.push(SenderEffect::Send {
-                epoch: Some(epoch),
+                epoch: Some(grant.epoch),
                 message,
             });
             return;
         }
-        let sound = wanted.start == held && wanted.start <= wanted.end && wanted.len() == destinations;
-        self.pushed = Some(Arrival::new(
-            if sound { wanted.clone() } else { 0..0 },
-            self.limits.layers,
-        ));
+        let wanted = grant.wanted.clone();
+        let sound =
+            wanted.start == grant.held && wanted.start <= wanted.end && wanted.len() == grant.destinations.len();
+        self.pushed = Some(Arrival::new(if sound { wanted } else { 0..0 }, self.limits.layers));
         self.renewed = now;
-        self.grant = Some(Grant {
-            epoch,
-            held,
-            wanted,
-            lease,
-        });
+        self.grant = Some(grant);
         if !sound {
             let reason = "the grant contradicts itself".to_owned();
             self.fail(now, TransferError::Protocol { reason }, true);
@@ -458,10 +461,10 @@ mod tests {
     fn the_normal_path() {
         let mut sender = granted(1..3);
         let now = 4 * SECOND;
-        assert_eq!(sender.push(now, 0, &(0..2)), Ok(false), "the receiver holds it");
-        assert_eq!(sender.push(now, 1, &(0..2)), Ok(true));
-        assert_eq!(sender.push(now, 2, &(0..1)), Ok(true));
-        assert_eq!(sender.push(now, 2, &(1..2)), Ok(true));
+        assert_eq!(sender.push(now, 0, &(0..2)), Ok(None), "the receiver holds it");
+        assert_eq!(sender.push(now, 1, &(0..2)), Ok(Some(BlockId(1))));
+        assert_eq!(sender.push(now, 2, &(0..1)), Ok(Some(BlockId(2))));
+        assert_eq!(sender.push(now, 2, &(1..2)), Ok(Some(BlockId(2))));
         sender.handle(
             now,
             SenderEvent::Complete {
@@ -496,7 +499,7 @@ mod tests {
         assert_eq!(early.outcome(), None);
         for (ordinal, layers) in [(1, 0..2), (3, 0..2), (2, 1..3), (2, 1..1)] {
             let mut sender = granted(1..3);
-            assert_eq!(sender.push(SECOND, 1, &(0..1)), Ok(true));
+            assert_eq!(sender.push(SECOND, 1, &(0..1)), Ok(Some(BlockId(1))));
             assert!(sender.push(SECOND, ordinal, &layers).is_err(), "{ordinal} {layers:?}");
             assert!(matches!(sender.outcome(), Some(Err(TransferError::Protocol { .. }))));
         }
@@ -505,7 +508,7 @@ mod tests {
     #[test]
     fn completing_too_early_fails() {
         let mut sender = granted(1..3);
-        assert_eq!(sender.push(SECOND, 1, &(0..2)), Ok(true));
+        assert_eq!(sender.push(SECOND, 1, &(0..2)), Ok(Some(BlockId(1))));
         sender.handle(SECOND, SenderEvent::Complete { payload: Bytes::new() });
         assert!(matches!(sender.outcome(), Some(Err(TransferError::Protocol { .. }))));
         assert!(!sender.is_over(), "the epoch is to be fenced");
@@ -615,7 +618,7 @@ mod tests {
             sender.handle(due, SenderEvent::Tick);
             assert_eq!(sends(&mut sender), [ToReceiver::Renew]);
         }
-        assert_eq!(sender.push(14 * SECOND, 0, &(0..2)), Ok(true));
+        assert_eq!(sender.push(14 * SECOND, 0, &(0..2)), Ok(Some(BlockId(0))));
         assert_eq!(
             sender.next_tick(),
             60 * SECOND,

@@ -139,7 +139,10 @@ pub struct Extent {
     pub layers: Range<u32>,
     /// Where it is in this node's arena.
     pub source: BlockId,
-    /// Dropped when the bytes were handed to the wire, or never will be.
+    /// Where it goes in the receiver's arena, as its grant says. Only one-sided transports look: elsewhere the receiver
+    /// itself finds the place by epoch and ordinal.
+    pub destination: BlockId,
+    /// Dropped when no send, copy or work request reads the bytes any more, or ever will.
     pub claim: SourceClaim,
 }
 
@@ -149,6 +152,7 @@ impl std::fmt::Debug for Extent {
             .field("ordinal", &self.ordinal)
             .field("layers", &self.layers)
             .field("source", &self.source)
+            .field("destination", &self.destination)
             .finish_non_exhaustive()
     }
 }
@@ -162,7 +166,7 @@ pub trait Path: Send + Sync {
     /// marker on each of them.
     fn connections(&self) -> u32;
 
-    /// Sends extents. Resolves when all were handed to the wire, and waits first while too many bytes are in flight.
+    /// Sends extents. Resolves when all were applied at the destination, and waits first while too many bytes are in flight.
     /// Dropping the future stops what was not queued yet; what was, is sent.
     ///
     /// # Errors

@@ -45,6 +45,7 @@ impl Source {
             ordinal,
             layers,
             source,
+            destination: _,
             claim,
         } = extent;
         if layers.is_empty() || layers.end > geometry.layers {

@@ -206,12 +206,20 @@ impl Node {
         }
     }
 
-    /// An extent of this node, with a claim of its own.
-    pub fn extent(&self, ordinal: u32, layers: Range<u32>, source: BlockId, claim: &SourceClaim) -> Extent {
+    /// An extent of this node, on its way to a block of the receiver.
+    pub fn extent(
+        &self,
+        ordinal: u32,
+        layers: Range<u32>,
+        source: BlockId,
+        destination: BlockId,
+        claim: &SourceClaim,
+    ) -> Extent {
         Extent {
             ordinal,
             layers,
             source,
+            destination,
             claim: Arc::clone(claim),
         }
     }

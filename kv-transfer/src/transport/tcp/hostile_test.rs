@@ -454,6 +454,7 @@ async fn a_receiver_that_talks_or_takes_nothing_ends_the_path() {
                         ordinal,
                         layers: 0..2,
                         source: BlockId(0),
+                        destination: BlockId(ordinal),
                         claim: Arc::clone(&claim),
                     })
                     .collect()
