@@ -213,6 +213,12 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// This build lacks the transport.
+    #[error("the {path} transport is not in this build{}", how_to_build(*path))]
+    NotBuilt {
+        /// Its kind.
+        path: crate::PathKind,
+    },
     /// The instance is in use within this process.
     #[error("process instance {instance} has an endpoint already")]
     InstanceInUse {
@@ -226,7 +232,14 @@ impl StartError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Listen { .. } | Self::Transport { .. } => true,
-            Self::Option { .. } | Self::Geometry(_) | Self::InstanceInUse { .. } => false,
+            Self::Option { .. } | Self::NotBuilt { .. } | Self::Geometry(_) | Self::InstanceInUse { .. } => false,
         }
+    }
+}
+
+fn how_to_build(path: crate::PathKind) -> &'static str {
+    match path {
+        crate::PathKind::Rdma => ": build it with `--features rdma`",
+        crate::PathKind::Memory | crate::PathKind::Tcp | crate::PathKind::Shm | crate::PathKind::Cuda => "",
     }
 }

@@ -11,8 +11,12 @@ pub struct EndpointOptions {
     pub listen: SocketAddr,
     /// The host that peers are told, where it is not the one listened on.
     pub advertise: Option<String>,
-    /// What to offer and use, best first.
+    /// What to offer and use.
     pub transports: Vec<PathKind>,
+    /// Leave out those of `transports` that this build or host does not have, instead of refusing to start.
+    pub skip_unavailable: bool,
+    /// Send over this kind of path only, and fail where it cannot be had. It must be among `transports`.
+    pub require_path: Option<PathKind>,
     /// Data connections per pair of processes.
     pub connections_per_peer: usize,
     /// Check each extent's CRC32C on tcp.
@@ -41,6 +45,8 @@ impl Default for EndpointOptions {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             advertise: None,
             transports: vec![PathKind::Tcp],
+            skip_unavailable: false,
+            require_path: None,
             connections_per_peer: 2,
             crc: true,
             reservation_lease: Duration::from_secs(10),
@@ -69,6 +75,13 @@ impl EndpointOptions {
             "transports",
             String::new(),
             "at least one is needed",
+        )?;
+        let required = self.require_path.filter(|path| !self.transports.contains(path));
+        check(
+            required.is_none(),
+            "require_path",
+            required.map_or_else(String::new, |path| path.to_string()),
+            "it must be among the transports",
         )?;
         let n = self.connections_per_peer;
         check(

@@ -12,6 +12,7 @@ mod service;
 #[cfg(test)]
 mod silent_tests;
 mod stats;
+mod transports;
 
 pub use blocks::{DestinationBlocks, QuarantinedBlocks, ReservedBlocks};
 pub use incoming::{ExpectSpec, Incoming, IncomingEvent};

@@ -6,10 +6,11 @@ use super::link::{LinkParts, Links};
 use super::receiving::{Receiving, ReceivingParts};
 use super::sending::{Sending, SendingParts};
 use super::stats::Counters;
+use super::transports::start_transports;
 use super::{DestinationBlocks, ExpectSpec, Incoming, Outgoing, OutgoingSpec, TransferStats};
 use crate::session::{Limits, SenderEvent};
-use crate::transport::{Local, MemoryNetwork, MemoryOptions, MemoryTransport, TcpOptions, TcpTransport, Transport};
-use crate::{EndpointOptions, ExpectError, Identity, PathKind, Peer, StartError, TransferError};
+use crate::transport::{Local, Transport};
+use crate::{EndpointOptions, ExpectError, Identity, Peer, StartError, TransferError};
 use baton_node_runtime::{CancellationToken, Clock, Supervisor};
 use baton_types::{ArenaView, Epoch, Instance};
 use futures::future::join_all;
@@ -96,16 +97,7 @@ impl Endpoint {
             clock,
             supervisor: supervisor.clone(),
         };
-        let mut transports: Vec<Arc<dyn Transport>> = Vec::new();
-        for path in &options.transports {
-            match start_transport(*path, &options, local(*path)).await {
-                Ok(transport) => transports.push(transport),
-                Err(error) => {
-                    join_all(transports.iter().map(|transport| transport.shutdown())).await;
-                    return Err(error);
-                }
-            }
-        }
+        let transports = start_transports(&options, local).await?;
         let mut addresses = vec![control_address(&options, bound)];
         addresses.extend(transports.iter().map(|transport| transport.address()));
         let peer = Peer {
@@ -252,54 +244,6 @@ fn control_address(options: &EndpointOptions, bound: SocketAddr) -> String {
         Some(host) if host.contains(':') && !host.starts_with('[') => format!("control://[{host}]:{}", bound.port()),
         Some(host) => format!("control://{host}:{}", bound.port()),
         None => format!("control://{bound}"),
-    }
-}
-
-async fn start_transport(
-    path: PathKind,
-    options: &EndpointOptions,
-    local: Local,
-) -> Result<Arc<dyn Transport>, StartError> {
-    match path {
-        PathKind::Memory => {
-            let instance = local.identity.instance;
-            let memory = MemoryOptions {
-                name: instance.to_string(),
-                connections_per_peer: options.connections_per_peer,
-                bytes_in_flight_max: options.bytes_in_flight_max,
-            };
-            let started = MemoryTransport::start(&MemoryNetwork::of_process(), memory, local);
-            Ok(Arc::new(started.map_err(|_| StartError::InstanceInUse { instance })?))
-        }
-        PathKind::Tcp => {
-            let mut address = options.listen;
-            address.set_port(match address.port() {
-                0 => 0,
-                port => port.checked_add(1).ok_or(StartError::Option {
-                    option: "transfer_listen",
-                    value: address.to_string(),
-                    reason: "tcp data comes to the port after it",
-                })?,
-            });
-            let tcp = TcpOptions {
-                listen: address,
-                advertise: options.advertise.clone(),
-                connections_per_peer: options.connections_per_peer,
-                crc: options.crc,
-                connect_timeout: options.connect_timeout,
-                progress_timeout: options.progress_timeout,
-                bytes_in_flight_max: options.bytes_in_flight_max,
-            };
-            let bound = TcpTransport::bind(tcp, local).await;
-            Ok(Arc::new(
-                bound.map_err(|source| StartError::Listen { address, source })?,
-            ))
-        }
-        PathKind::Shm | PathKind::Rdma | PathKind::Cuda => Err(StartError::Option {
-            option: "transports",
-            value: path.to_string(),
-            reason: "this build has memory and tcp",
-        }),
     }
 }
 

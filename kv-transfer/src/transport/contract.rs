@@ -112,6 +112,12 @@ pub trait Transport: Send + Sync + 'static {
     /// Where peers reach it, with its scheme: `tcp://host:port`, `memory://name`.
     fn address(&self) -> String;
 
+    /// Whether that address of another node, of this transport's scheme, can lead anywhere from here. Another host's shared
+    /// memory cannot, nor can another process's memory: they are passed over without a word.
+    fn reaches(&self, _address: &str) -> bool {
+        true
+    }
+
     /// Opens a path to a peer at one of its addresses. Both ends check wire version, instances, fingerprint and geometry.
     ///
     /// # Errors

@@ -188,6 +188,11 @@ impl Transport for MemoryTransport {
         format!("memory://{}", self.0.options.name)
     }
 
+    fn reaches(&self, address: &str) -> bool {
+        let name = address.strip_prefix("memory://");
+        name.is_some_and(|name| self.0.network.names().contains_key(name))
+    }
+
     fn connect(&self, peer: &Peer, address: &str) -> BoxFuture<'_, Result<Arc<dyn Path>, ConnectError>> {
         let connected = self.0.connect(peer.instance, address);
         async move { connected }.boxed()
