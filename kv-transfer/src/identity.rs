@@ -109,6 +109,17 @@ impl PathKind {
     }
 }
 
+/// A hand-over went on over another path, because the one that it used broke.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fallback {
+    /// What broke.
+    pub from: PathKind,
+    /// What it went on over.
+    pub to: PathKind,
+    /// What was seen.
+    pub reason: String,
+}
+
 impl fmt::Display for PathKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

@@ -28,5 +28,5 @@ pub use endpoint::{
     PathStats, QuarantinedBlocks, ReservedBlocks, TransferStats,
 };
 pub use error::{ExpectError, NoRoom, StartError, TransferError};
-pub use identity::{Identity, PathKind, Peer, WIRE_MAJOR};
+pub use identity::{Fallback, Identity, PathKind, Peer, WIRE_MAJOR};
 pub use options::EndpointOptions;

@@ -2,7 +2,7 @@
 
 use super::receiving::Receiving;
 use crate::session::Event;
-use crate::{PathKind, TransferError};
+use crate::{Fallback, PathKind, TransferError};
 use baton_types::{Attempt, BlockHash, Epoch, Ticket};
 use bytes::Bytes;
 use std::any::Any;
@@ -53,8 +53,10 @@ pub enum IncomingEvent {
         payload: Bytes,
         /// Bytes received.
         bytes: u64,
-        /// How they came.
+        /// How they came, at last.
         path: PathKind,
+        /// Paths that broke under the attempt that won, in order.
+        fallbacks: Vec<Fallback>,
     },
     /// One attempt failed. `Incoming::supersede` names the next; without one the handle is dropped.
     AttemptFailed {

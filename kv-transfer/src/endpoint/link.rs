@@ -1,7 +1,7 @@
-//! The sender's links: one per receiver's process, shared by all hand-overs to it. A link is a control line and a path; it
-//! lives and dies as a whole, because a hand-over needs both.
+//! The sender's links: one per receiver's process, shared by all hand-overs to it. A link is a control line, with paths that
+//! are opened when a hand-over needs one. A path can break without the line; without the line there is no path.
 //!
-//! `Links` owns the links; a link owns the list of its hand-overs, to bring them what the receiver says.
+//! `Links` owns the links and the paths; a link owns the list of its hand-overs, to bring them what the receiver says.
 
 use super::sending::Sending;
 use crate::control::{HandshakeError, Line, LineOptions, Spoken, greet, run};
@@ -10,7 +10,7 @@ use crate::transport::{ConnectError, Path, Transport};
 use crate::{EndpointOptions, Identity, PathKind, Peer, TransferError};
 use baton_node_runtime::{CancellationToken, Clock, Supervisor};
 use baton_types::{Attempt, Epoch, Instance, Ticket};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -36,13 +36,17 @@ pub(super) type LinkState = Option<Result<Arc<Link>, TransferError>>;
 pub(super) struct Links {
     parts: LinkParts,
     book: Mutex<HashMap<Instance, watch::Receiver<LinkState>>>,
+    paths: Mutex<HashMap<Instance, Arc<PeerPaths>>>,
 }
 
-/// A control line and a path to one process.
+/// The open paths to one process. Locked while one is opened, so that all who need it share it.
+#[derive(Default)]
+struct PeerPaths(tokio::sync::Mutex<BTreeMap<PathKind, Arc<dyn Path>>>);
+
+/// A control line to one process.
 pub(super) struct Link {
     instance: Instance,
     line: Line,
-    path: Arc<dyn Path>,
     handovers: Mutex<Handovers>,
 }
 
@@ -63,6 +67,72 @@ impl Links {
         Self {
             parts,
             book: Mutex::default(),
+            paths: Mutex::default(),
+        }
+    }
+
+    /// The best path to a peer that there is a link to, of a kind that is not excluded: an open one, or one that is opened.
+    ///
+    /// # Errors
+    /// Where there is none, or none that can be had in time.
+    pub(super) async fn path(&self, peer: &Peer, excluding: &[PathKind]) -> Result<Arc<dyn Path>, TransferError> {
+        let candidates: Vec<_> = self.rank(peer);
+        let candidates = candidates
+            .into_iter()
+            .filter(|(transport, _)| !excluding.contains(&transport.path()));
+        let paths = {
+            // A link that has ended takes its paths along: none is opened behind its back.
+            let book = self.book();
+            if !book.contains_key(&peer.instance) {
+                return Err(gone("the link to it has ended"));
+            }
+            let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(paths.entry(peer.instance).or_default())
+        };
+        let timeout = self.parts.options.connect_timeout;
+        let opening = async {
+            let mut open = paths.0.lock().await;
+            self.first_path(peer, candidates.collect(), &mut open).await
+        };
+        let slow = |_| TransferError::PathFailed {
+            path: "data".to_owned(),
+            reason: format!("no path within {timeout:?}"),
+        };
+        tokio::select! {
+            biased;
+            () = self.parts.stop.cancelled() => Err(TransferError::ShuttingDown),
+            opened = self.parts.clock.timeout(timeout, opening) => opened.map_err(slow)?,
+        }
+    }
+
+    /// A path broke under a hand-over: nobody is given it any more. Resolves when it is closed, its tasks joined.
+    pub(super) async fn path_failed(&self, peer: &Peer, path: &Arc<dyn Path>) {
+        let paths = self
+            .paths
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&peer.instance)
+            .cloned();
+        if let Some(paths) = paths {
+            let mut open = paths.0.lock().await;
+            if open.get(&path.kind()).is_some_and(|current| Arc::ptr_eq(current, path)) {
+                open.remove(&path.kind());
+            }
+        }
+        path.close().await;
+    }
+
+    /// The link to a process has ended: so do the paths to it.
+    async fn close_paths(&self, instance: Instance) {
+        let paths = self
+            .paths
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&instance);
+        if let Some(paths) = paths {
+            for path in std::mem::take(&mut *paths.0.lock().await).into_values() {
+                path.close().await;
+            }
         }
     }
 
@@ -108,7 +178,7 @@ impl Links {
             () = self.parts.stop.cancelled() => Err(TransferError::ShuttingDown),
             connected = self.connect(&peer) => connected,
         };
-        let (stream, path) = match connected {
+        let stream = match connected {
             Ok(connected) => connected,
             Err(error) => {
                 tracing::warn!(peer = %peer.node, %error, "cannot link to peer");
@@ -123,11 +193,10 @@ impl Links {
             peer: peer.instance,
             keep_alive,
         });
-        tracing::info!(peer = %peer.node, path = %path.kind(), "linked to peer");
+        tracing::info!(peer = %peer.node, "linked to peer");
         let link = Arc::new(Link {
             instance: peer.instance,
             line,
-            path,
             handovers: Mutex::default(),
         });
         state.send_replace(Some(Ok(Arc::clone(&link))));
@@ -146,10 +215,10 @@ impl Links {
             }
         };
         link.lose(&error);
-        link.path.close().await;
+        self.close_paths(link.instance).await;
     }
 
-    async fn connect(&self, peer: &Peer) -> Result<(TcpStream, Arc<dyn Path>), TransferError> {
+    async fn connect(&self, peer: &Peer) -> Result<TcpStream, TransferError> {
         let LinkParts {
             options,
             identity,
@@ -159,10 +228,9 @@ impl Links {
         let offered = || TransferError::NoPath {
             offered: peer.addresses.join(", "),
         };
-        let candidates = self.rank(peer);
         let address = peer
             .address("control")
-            .filter(|_| !candidates.is_empty())
+            .filter(|_| !self.rank(peer).is_empty())
             .ok_or_else(offered)?;
         let timeout = options.connect_timeout;
         let greeting = async {
@@ -177,16 +245,7 @@ impl Links {
             })
         };
         let slow = |_| gone(format!("it did not shake hands within {timeout:?}"));
-        let stream = clock.timeout(timeout, greeting).await.map_err(slow)??;
-        let slow = |_| TransferError::PathFailed {
-            path: "data".to_owned(),
-            reason: format!("no path within {timeout:?}"),
-        };
-        let path = clock
-            .timeout(timeout, self.first_path(peer, candidates))
-            .await
-            .map_err(slow)??;
-        Ok((stream, path))
+        clock.timeout(timeout, greeting).await.map_err(slow)?
     }
 
     /// The ways to a peer, best first: in the order in which it names them.
@@ -207,11 +266,19 @@ impl Links {
         &self,
         peer: &Peer,
         candidates: Vec<(&Arc<dyn Transport>, &str)>,
+        open: &mut BTreeMap<PathKind, Arc<dyn Path>>,
     ) -> Result<Arc<dyn Path>, TransferError> {
         let mut first_error = None;
         for (transport, address) in candidates {
+            if let Some(path) = open.get(&transport.path()) {
+                return Ok(Arc::clone(path));
+            }
             match transport.connect(peer, address).await {
-                Ok(path) => return Ok(path),
+                Ok(path) => {
+                    tracing::info!(peer = %peer.node, path = %path.kind(), "path opened");
+                    open.insert(path.kind(), Arc::clone(&path));
+                    return Ok(path);
+                }
                 Err(error) => {
                     let kind = transport.path();
                     tracing::info!(peer = %peer.node, path = %kind, %error, "path cannot be had");
@@ -245,10 +312,6 @@ fn connect_error(kind: PathKind, error: ConnectError) -> TransferError {
 }
 
 impl Link {
-    pub(super) fn path(&self) -> &Arc<dyn Path> {
-        &self.path
-    }
-
     pub(super) fn tell(&self, header: &Header, message: &ToReceiver) {
         self.line.tell_receiver(header, message);
     }

@@ -3,7 +3,7 @@
 use super::sending::Sending;
 use crate::control::PAYLOAD_BYTES_MAX;
 use crate::session::SenderEvent;
-use crate::{PathKind, Peer, TransferError};
+use crate::{Fallback, PathKind, Peer, TransferError};
 use baton_types::{Attempt, BlockId, Epoch, Ticket};
 use bytes::Bytes;
 use std::any::Any;
@@ -41,8 +41,10 @@ pub struct Granted {
 /// How a hand-over went.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandoverReport {
-    /// How the bytes went.
+    /// How the bytes went, at last.
     pub path: PathKind,
+    /// Paths that broke under it, in order.
+    pub fallbacks: Vec<Fallback>,
     /// How many were sent.
     pub bytes: u64,
     /// From `complete` until the receiver had committed: what compute did not hide.

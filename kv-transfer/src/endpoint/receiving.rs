@@ -392,6 +392,7 @@ impl Receiving {
                     payload,
                     bytes,
                     path,
+                    fallbacks: Vec::new(),
                 };
                 tell(core, ticket, event);
                 core.roles.remove(&ticket);

@@ -222,6 +222,7 @@ impl Sending {
                 let (bytes, exposed, reserve_wait) = self.report(state);
                 Some(Ok(HandoverReport {
                     path,
+                    fallbacks: Vec::new(),
                     bytes,
                     exposed,
                     reserve_wait,
@@ -274,10 +275,46 @@ impl Sending {
 
     /// The hand-over's task.
     pub(super) async fn run(self: Arc<Self>, links: Arc<Links>) {
-        if let Some(link) = self.link_up(&links).await {
-            let path = Arc::clone(link.path());
+        let Some(link) = self.link_up(&links).await else {
+            return;
+        };
+        if let Some(path) = self.path_up(&links).await {
             self.drive(&*path).await;
-            link.deregister(&self);
+            let broken = matches!(
+                self.lock().machine.outcome(),
+                Some(Err(TransferError::PathFailed { .. }))
+            );
+            if broken {
+                links.path_failed(&self.peer, &path).await;
+            }
+        }
+        link.deregister(&self);
+    }
+
+    /// Opens a path, unless the hand-over ends before.
+    async fn path_up(&self, links: &Links) -> Option<Arc<dyn Path>> {
+        let opening = links.path(&self.peer, &[]);
+        tokio::pin!(opening);
+        let opened = loop {
+            let (over, next_tick) = self.look();
+            if over {
+                return None;
+            }
+            tokio::select! {
+                opened = &mut opening => break opened,
+                () = self.wake.notified() => {}
+                () = self.clock.sleep_until(next_tick) => self.handle(SenderEvent::Tick),
+            }
+        };
+        match opened {
+            Ok(path) => {
+                self.handle(SenderEvent::Connected { path: path.kind() });
+                Some(path)
+            }
+            Err(error) => {
+                self.handle(SenderEvent::ConnectFailed { error });
+                None
+            }
         }
     }
 
@@ -312,9 +349,7 @@ impl Sending {
                 None
             }
             Ok(link) => {
-                let path = link.path().kind();
                 self.lock().link = Some(Arc::clone(&link));
-                self.handle(SenderEvent::Connected { path });
                 Some(link)
             }
         }
