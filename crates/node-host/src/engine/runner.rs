@@ -203,7 +203,12 @@ impl Runner {
         }
         let began = self.clock.now();
         for part in &parts {
-            self.running[part.index].start(began);
+            let slot = &mut self.running[part.index];
+            slot.start(began);
+            let end = slot.computed + part.tokens;
+            if let Err(error) = slot.zero_unfilled(end, &self.parts.arena) {
+                slot.fail(error);
+            }
         }
         match self.step(&parts) {
             Ok(output) => {
@@ -233,14 +238,13 @@ impl Runner {
     }
 
     fn step(&mut self, parts: &[Part]) -> Result<StepOutput, StepError> {
-        let mut watch = Watch {
-            parts: Vec::with_capacity(parts.len()),
-        };
+        let mut watch = Watch::default();
         let mut batch = Vec::with_capacity(parts.len());
         for part in parts {
             let slot = &self.running[part.index];
             let end = slot.computed + part.tokens;
             watch.parts.push((slot.control().clone(), part.tokens));
+            watch.told.extend(slot.layers_told(end));
             batch.push(Slice {
                 tokens: &slot.tokens[slot.computed..end],
                 start: slot.computed,
@@ -262,7 +266,7 @@ impl Runner {
             let slot = &mut self.running[part.index];
             slot.advance(part.tokens, &self.geometry);
             if slot.computed == slot.tokens.len() {
-                slot.draw(output.row(row), &self.parts.ending, &self.parts.arena, now);
+                slot.draw(output.row(row), &self.parts.ending, now);
                 row += 1;
             }
         }
