@@ -108,6 +108,19 @@ impl Runner {
             self.drop_unwanted();
             self.tell_room();
             self.show_load();
+            if idle && self.waiting.is_empty() && self.running.is_empty() {
+                self.check_when_idle();
+            }
+        }
+    }
+
+    /// Debug builds look into the pool before the thread goes to sleep; heartbeats do so in all builds, more rarely.
+    fn check_when_idle(&self) {
+        if cfg!(debug_assertions)
+            && let Err(fault) = self.parts.blocks.pool().check_integrity()
+        {
+            // Ends the node: in a debug build a wrong book is to be found where it was written.
+            panic!("the block pool contradicts itself: {fault}");
         }
     }
 
