@@ -16,9 +16,11 @@ pub enum TransferError {
         /// The peer's value.
         theirs: String,
     },
-    /// The peer's addresses name no transport that this node has.
-    #[error("no transport in common with the peer, which offers {offered}")]
+    /// The peer's addresses name no transport that this node has, or none that it may use.
+    #[error("no {wanted} path to the peer, which offers {offered}")]
     NoPath {
+        /// Which kinds would do: the required one, else all that this node has.
+        wanted: String,
         /// The peer's addresses.
         offered: String,
     },

@@ -97,6 +97,14 @@ impl PathKind {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Memory, Self::Tcp, Self::Shm, Self::Rdma, Self::Cuda];
 
+    /// This build has it.
+    pub fn is_built(self) -> bool {
+        match self {
+            Self::Memory | Self::Tcp => true,
+            Self::Shm | Self::Rdma | Self::Cuda => false,
+        }
+    }
+
     /// Its name, which is its addresses' scheme too.
     pub fn name(self) -> &'static str {
         match self {

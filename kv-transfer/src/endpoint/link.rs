@@ -1,16 +1,18 @@
 //! The sender's links: one per receiver's process, shared by all hand-overs to it. A link is a control line, with paths that
 //! are opened when a hand-over needs one. A path can break without the line; without the line there is no path.
 //!
-//! `Links` owns the links and the paths; a link owns the list of its hand-overs, to bring them what the receiver says.
+//! `Links` owns the links; a link owns its paths (`peer_paths`), and the list of its hand-overs, to bring them what the receiver says.
 
+use super::peer_paths::{PathWish, PeerPaths, SharedPath, has_way, no_path};
 use super::sending::Sending;
+use super::stats::Counters;
 use crate::control::{HandshakeError, Line, LineOptions, Spoken, greet, run};
 use crate::session::{Header, SenderEvent, ToReceiver, ToSender};
-use crate::transport::{ConnectError, Path, Transport};
+use crate::transport::{ConnectError, Transport};
 use crate::{EndpointOptions, Identity, PathKind, Peer, TransferError};
 use baton_node_runtime::{CancellationToken, Clock, Supervisor};
 use baton_types::{Attempt, Epoch, Instance, Ticket};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -24,6 +26,7 @@ pub(super) struct LinkParts {
     pub options: EndpointOptions,
     pub identity: Identity,
     pub transports: Vec<Arc<dyn Transport>>,
+    pub counters: Arc<Counters>,
     pub clock: Clock,
     pub supervisor: Supervisor,
     pub tracker: TaskTracker,
@@ -34,19 +37,15 @@ pub(super) struct LinkParts {
 pub(super) type LinkState = Option<Result<Arc<Link>, TransferError>>;
 
 pub(super) struct Links {
-    parts: LinkParts,
+    parts: Arc<LinkParts>,
     book: Mutex<HashMap<Instance, watch::Receiver<LinkState>>>,
-    paths: Mutex<HashMap<Instance, Arc<PeerPaths>>>,
 }
 
-/// The open paths to one process. Locked while one is opened, so that all who need it share it.
-#[derive(Default)]
-struct PeerPaths(tokio::sync::Mutex<BTreeMap<PathKind, Arc<dyn Path>>>);
-
-/// A control line to one process.
+/// A control line to one process, and the paths to it.
 pub(super) struct Link {
     instance: Instance,
     line: Line,
+    paths: Arc<PeerPaths>,
     handovers: Mutex<Handovers>,
 }
 
@@ -58,81 +57,42 @@ struct Handovers {
     lost: Option<TransferError>,
 }
 
-fn gone(reason: impl Into<String>) -> TransferError {
+pub(super) fn gone(reason: impl Into<String>) -> TransferError {
     TransferError::PeerGone { reason: reason.into() }
 }
 
 impl Links {
     pub(super) fn new(parts: LinkParts) -> Self {
         Self {
-            parts,
+            parts: Arc::new(parts),
             book: Mutex::default(),
-            paths: Mutex::default(),
         }
     }
 
-    /// The best path to a peer that there is a link to, of a kind that is not excluded: an open one, or one that is opened.
+    /// The best path to a peer that there is a link to, for about so many bytes, of a kind that is not excluded: an open one,
+    /// or one that is opened. Its writes take their turn by that deadline.
     ///
     /// # Errors
-    /// Where there is none, or none that can be had in time.
-    pub(super) async fn path(&self, peer: &Peer, excluding: &[PathKind]) -> Result<Arc<dyn Path>, TransferError> {
-        let candidates: Vec<_> = self.rank(peer);
-        let candidates = candidates
-            .into_iter()
-            .filter(|(transport, _)| !excluding.contains(&transport.path()));
+    /// Where there is none, or none that can be had; each is tried for `connect_timeout`.
+    pub(super) async fn path(
+        &self,
+        peer: &Peer,
+        wish: PathWish,
+        excluding: &[PathKind],
+    ) -> Result<Arc<SharedPath>, TransferError> {
         let paths = {
             // A link that has ended takes its paths along: none is opened behind its back.
             let book = self.book();
-            if !book.contains_key(&peer.instance) {
-                return Err(gone("the link to it has ended"));
+            let link = book.get(&peer.instance).and_then(|link| link.borrow().clone());
+            match link {
+                Some(Ok(link)) => Arc::clone(&link.paths),
+                Some(Err(_)) | None => return Err(gone("the link to it has ended")),
             }
-            let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(paths.entry(peer.instance).or_default())
-        };
-        let timeout = self.parts.options.connect_timeout;
-        let opening = async {
-            let mut open = paths.0.lock().await;
-            self.first_path(peer, candidates.collect(), &mut open).await
-        };
-        let slow = |_| TransferError::PathFailed {
-            path: "data".to_owned(),
-            reason: format!("no path within {timeout:?}"),
         };
         tokio::select! {
             biased;
             () = self.parts.stop.cancelled() => Err(TransferError::ShuttingDown),
-            opened = self.parts.clock.timeout(timeout, opening) => opened.map_err(slow)?,
-        }
-    }
-
-    /// A path broke under a hand-over: nobody is given it any more. Resolves when it is closed, its tasks joined.
-    pub(super) async fn path_failed(&self, peer: &Peer, path: &Arc<dyn Path>) {
-        let paths = self
-            .paths
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&peer.instance)
-            .cloned();
-        if let Some(paths) = paths {
-            let mut open = paths.0.lock().await;
-            if open.get(&path.kind()).is_some_and(|current| Arc::ptr_eq(current, path)) {
-                open.remove(&path.kind());
-            }
-        }
-        path.close().await;
-    }
-
-    /// The link to a process has ended: so do the paths to it.
-    async fn close_paths(&self, instance: Instance) {
-        let paths = self
-            .paths
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&instance);
-        if let Some(paths) = paths {
-            for path in std::mem::take(&mut *paths.0.lock().await).into_values() {
-                path.close().await;
-            }
+            path = paths.path(wish, excluding) => path,
         }
     }
 
@@ -197,6 +157,7 @@ impl Links {
         let link = Arc::new(Link {
             instance: peer.instance,
             line,
+            paths: PeerPaths::new(&peer, &self.parts),
             handovers: Mutex::default(),
         });
         state.send_replace(Some(Ok(Arc::clone(&link))));
@@ -204,6 +165,7 @@ impl Links {
             biased;
             () = self.parts.stop.cancelled() => None,
             reason = run(stream, running, self.parts.clock, |spoken| link.hear(spoken)) => Some(reason),
+            reason = link.paths.probe() => match reason {},
         };
         link.line.close();
         self.book().remove(&link.instance);
@@ -215,7 +177,7 @@ impl Links {
             }
         };
         link.lose(&error);
-        self.close_paths(link.instance).await;
+        link.paths.close().await;
     }
 
     async fn connect(&self, peer: &Peer) -> Result<TcpStream, TransferError> {
@@ -224,14 +186,11 @@ impl Links {
             identity,
             clock,
             ..
-        } = &self.parts;
-        let offered = || TransferError::NoPath {
-            offered: peer.addresses.join(", "),
-        };
+        } = &*self.parts;
         let address = peer
             .address("control")
-            .filter(|_| !self.rank(peer).is_empty())
-            .ok_or_else(offered)?;
+            .filter(|_| has_way(peer, &self.parts))
+            .ok_or_else(|| no_path(peer, &self.parts))?;
         let timeout = options.connect_timeout;
         let greeting = async {
             let mut stream = TcpStream::connect(address)
@@ -247,52 +206,9 @@ impl Links {
         let slow = |_| gone(format!("it did not shake hands within {timeout:?}"));
         clock.timeout(timeout, greeting).await.map_err(slow)?
     }
-
-    /// The ways to a peer, best first: in the order in which it names them.
-    fn rank<'a>(&'a self, peer: &'a Peer) -> Vec<(&'a Arc<dyn Transport>, &'a str)> {
-        let ours = |address: &'a String| {
-            let scheme = address.split("://").next()?;
-            let transport = self
-                .parts
-                .transports
-                .iter()
-                .find(|transport| transport.path().name() == scheme)?;
-            Some((transport, address.as_str()))
-        };
-        peer.addresses.iter().filter_map(ours).collect()
-    }
-
-    async fn first_path(
-        &self,
-        peer: &Peer,
-        candidates: Vec<(&Arc<dyn Transport>, &str)>,
-        open: &mut BTreeMap<PathKind, Arc<dyn Path>>,
-    ) -> Result<Arc<dyn Path>, TransferError> {
-        let mut first_error = None;
-        for (transport, address) in candidates {
-            if let Some(path) = open.get(&transport.path()) {
-                return Ok(Arc::clone(path));
-            }
-            match transport.connect(peer, address).await {
-                Ok(path) => {
-                    tracing::info!(peer = %peer.node, path = %path.kind(), "path opened");
-                    open.insert(path.kind(), Arc::clone(&path));
-                    return Ok(path);
-                }
-                Err(error) => {
-                    let kind = transport.path();
-                    tracing::info!(peer = %peer.node, path = %kind, %error, "path cannot be had");
-                    first_error.get_or_insert_with(|| connect_error(kind, error));
-                }
-            }
-        }
-        Err(first_error.unwrap_or_else(|| TransferError::NoPath {
-            offered: peer.addresses.join(", "),
-        }))
-    }
 }
 
-fn connect_error(kind: PathKind, error: ConnectError) -> TransferError {
+pub(super) fn connect_error(kind: PathKind, error: ConnectError) -> TransferError {
     match error {
         ConnectError::Refused { field, ours, theirs } => TransferError::Refused {
             field: field.to_owned(),

@@ -2,10 +2,15 @@
 
 mod accept;
 mod blocks;
+mod gate;
 mod incoming;
 mod landing;
 mod link;
 mod outgoing;
+mod paths;
+mod peer_paths;
+#[cfg(test)]
+mod peer_paths_tests;
 mod receiving;
 mod sending;
 mod service;

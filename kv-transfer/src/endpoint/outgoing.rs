@@ -47,6 +47,8 @@ pub struct HandoverReport {
     pub fallbacks: Vec<Fallback>,
     /// How many were sent.
     pub bytes: u64,
+    /// How long the path was at work for them: bytes by this are its speed, whatever else took time.
+    pub busy: Duration,
     /// From `complete` until the receiver had committed: what compute did not hide.
     pub exposed: Duration,
     /// From `reserve` until the grant.

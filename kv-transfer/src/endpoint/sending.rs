@@ -4,6 +4,7 @@
 
 use super::link::{Link, Links};
 use super::outgoing::{Granted, HandoverReport, OutgoingSpec};
+use super::peer_paths::{PathWish, SharedPath};
 use super::stats::Counters;
 use crate::session::{Header, Outcome, Sender, SenderEffect, SenderEvent, SenderLimits};
 use crate::transport::{Extent, Path, PathError, SourceClaim};
@@ -36,6 +37,8 @@ pub(super) struct Sending {
     attempt: Attempt,
     context_tokens: u64,
     peer: Peer,
+    /// What paths are chosen by.
+    wish: PathWish,
     layer_bytes: u64,
     clock: Clock,
     started: Moment,
@@ -50,6 +53,7 @@ pub(super) struct Sending {
 struct State {
     machine: Sender,
     link: Option<Arc<Link>>,
+    path: Option<Arc<SharedPath>>,
     queue: VecDeque<Extent>,
     fence: Option<Epoch>,
     /// Something went to the path under the grant.
@@ -86,6 +90,7 @@ impl Sending {
         let state = State {
             machine: Sender::new(limits),
             link: None,
+            path: None,
             queue: VecDeque::new(),
             fence: None,
             wrote: false,
@@ -95,14 +100,21 @@ impl Sending {
             completed_at: None,
             ended_at: None,
         };
+        let started = clock.now();
+        let bytes = (geometry.blocks_for(spec.context_tokens) * geometry.block_bytes()) as u64;
+        let wish = PathWish {
+            bytes,
+            deadline: started + spec.deadline,
+        };
         Self {
             ticket: spec.ticket,
             attempt: spec.attempt,
             context_tokens: spec.context_tokens as u64,
             peer: spec.peer,
+            wish,
             layer_bytes: geometry.layer_bytes() as u64,
             clock,
-            started: clock.now(),
+            started,
             counters,
             state: Mutex::new(state),
             wake: Notify::new(),
@@ -224,6 +236,7 @@ impl Sending {
                     path,
                     fallbacks: Vec::new(),
                     bytes,
+                    busy: state.path.as_ref().map_or(Duration::ZERO, |path| path.busy()),
                     exposed,
                     reserve_wait,
                 }))
@@ -285,15 +298,15 @@ impl Sending {
                 Some(Err(TransferError::PathFailed { .. }))
             );
             if broken {
-                links.path_failed(&self.peer, &path).await;
+                path.close().await;
             }
         }
         link.deregister(&self);
     }
 
     /// Opens a path, unless the hand-over ends before.
-    async fn path_up(&self, links: &Links) -> Option<Arc<dyn Path>> {
-        let opening = links.path(&self.peer, &[]);
+    async fn path_up(&self, links: &Links) -> Option<Arc<SharedPath>> {
+        let opening = links.path(&self.peer, self.wish, &[]);
         tokio::pin!(opening);
         let opened = loop {
             let (over, next_tick) = self.look();
@@ -308,6 +321,7 @@ impl Sending {
         };
         match opened {
             Ok(path) => {
+                self.lock().path = Some(Arc::clone(&path));
                 self.handle(SenderEvent::Connected { path: path.kind() });
                 Some(path)
             }

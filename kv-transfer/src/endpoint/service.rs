@@ -110,6 +110,7 @@ impl Endpoint {
             options: options.clone(),
             identity: identity.clone(),
             transports: transports.clone(),
+            counters: Arc::clone(&counters),
             clock,
             supervisor: supervisor.clone(),
             tracker: tracker.clone(),

@@ -1,5 +1,6 @@
 //! Figures for heartbeats, status pages and metrics.
 
+use super::paths::Report;
 use crate::PathKind;
 use crate::session::Receiver;
 use metrics::{counter, gauge, histogram};
@@ -38,6 +39,14 @@ pub struct PathStats {
     pub received_bytes: u64,
     /// Attempts that failed, either direction.
     pub failed: u64,
+    /// Peers to which such a path is open now, for sending.
+    pub open: usize,
+    /// Peers to which it failed, and is tried again later.
+    pub down: usize,
+    /// Measured on large writes lately, to the peer written to last; 0 while nothing was measured.
+    pub bytes_per_second: u64,
+    /// Hand-overs that went on over another path because this one failed under them.
+    pub fallbacks: u64,
 }
 
 /// The figures as they grow. Metrics and [`TransferStats`] come from the same calls.
@@ -98,6 +107,27 @@ impl Counters {
         if let Some(path) = path {
             self.lock().paths.entry(path).or_default().failed += 1;
         }
+    }
+
+    /// How a path to one peer stood, and stands.
+    pub(super) fn path_stands(&self, before: Report, now: Report) {
+        if before == now {
+            return;
+        }
+        let kind = now.kind;
+        let mut stats = self.lock();
+        let stats = stats.paths.entry(kind).or_default();
+        stats.open = stats.open + usize::from(now.up) - usize::from(before.up);
+        stats.down = stats.down + usize::from(now.down) - usize::from(before.down);
+        gauge!("baton_transfer_path_up", "path" => kind.name()).set(stats.open as f64);
+        gauge!("baton_transfer_path_down", "path" => kind.name()).set(stats.down as f64);
+    }
+
+    /// A large write was applied over a path that did so much lately.
+    pub(super) fn path_measured(&self, kind: PathKind, bytes_per_second: f64) {
+        gauge!("baton_transfer_path_bytes_per_second", "path" => kind.name()).set(bytes_per_second);
+        // A rate fits; the fraction is dropped.
+        self.lock().paths.entry(kind).or_default().bytes_per_second = bytes_per_second as u64;
     }
 
     /// A hand-over begins to be made; gives how many there were.
