@@ -15,7 +15,6 @@ use baton_proto::convert;
 use baton_proto::v1::{self, decode_event::Event};
 use baton_types::{Attempt, FinishReason, Work};
 use std::any::Any;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -200,7 +199,6 @@ impl DecodeRequest {
             deadline: self.deadline,
             beginning,
             until: Until::End,
-            layer_borders: Arc::default(),
             control: control.clone(),
             events: progress,
         };

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -162,6 +162,16 @@ impl Arena {
                 Arc::clone(self) as Arc<dyn std::any::Any + Send + Sync>,
             )
         }
+    }
+
+    /// The arena that a view is of; none where its memory is another's.
+    pub(crate) fn of(view: &ArenaView) -> Option<&Self> {
+        view.owner().downcast_ref()
+    }
+
+    /// What other processes of this host map. Block 0 is at its start; its size is sealed.
+    pub(crate) fn memory(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
     }
 
     /// How many blocks.

@@ -33,7 +33,7 @@ pub struct ArenaView {
     base: NonNull<u8>,
     blocks: usize,
     geometry: KvGeometry,
-    _owner: Arc<dyn Any + Send + Sync>,
+    owner: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the view is only an address and numbers; every access goes through raw pointers whose users carry the proof
@@ -102,13 +102,18 @@ impl ArenaView {
             base,
             blocks,
             geometry,
-            _owner: owner,
+            owner,
         }
     }
 
     /// How many blocks.
     pub fn blocks(&self) -> usize {
         self.blocks
+    }
+
+    /// What keeps the memory, for those who know what it can be.
+    pub fn owner(&self) -> &(dyn Any + Send + Sync) {
+        &*self.owner
     }
 
     /// Their shape.

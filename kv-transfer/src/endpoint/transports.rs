@@ -1,6 +1,8 @@
 //! The transports of an endpoint: which it has, and how each is started.
 
-use crate::transport::{Local, MemoryNetwork, MemoryOptions, MemoryTransport, TcpOptions, TcpTransport, Transport};
+use crate::transport::{
+    Local, MemoryNetwork, MemoryOptions, MemoryTransport, ShmOptions, ShmTransport, TcpOptions, TcpTransport, Transport,
+};
 use crate::{EndpointOptions, PathKind, StartError};
 use futures::future::join_all;
 use std::sync::Arc;
@@ -59,7 +61,19 @@ async fn start_transport(
             Ok(Arc::new(started.map_err(|_| StartError::InstanceInUse { instance })?))
         }
         PathKind::Tcp => start_tcp(options, local).await,
-        PathKind::Shm | PathKind::Rdma | PathKind::Cuda => Err(StartError::NotBuilt { path }),
+        PathKind::Shm => {
+            let shm = ShmOptions {
+                connect_timeout: options.connect_timeout,
+                shutdown_timeout: options.fence_timeout,
+                bytes_in_flight_max: options.bytes_in_flight_max,
+            };
+            let started = ShmTransport::start(shm, local);
+            Ok(Arc::new(started.map_err(|error| StartError::Transport {
+                path,
+                reason: error.to_string(),
+            })?))
+        }
+        PathKind::Rdma | PathKind::Cuda => Err(StartError::NotBuilt { path }),
     }
 }
 

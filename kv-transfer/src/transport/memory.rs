@@ -156,7 +156,7 @@ impl Shared {
                 address: address.to_owned(),
                 reason: "the receiver has too many connections",
             },
-            NoEntry::ShuttingDown => unreachable(),
+            NoEntry::ShuttingDown | NoEntry::Leaving => unreachable(),
         })?;
         let options = LaneOptions {
             kind: KIND,

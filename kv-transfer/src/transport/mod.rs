@@ -2,7 +2,7 @@
 //!
 //! `contract` is the border to the endpoint. `lanes` is the sender's half that implementations share (bounds on bytes in
 //! flight, one queue per connection, fences behind data, an orderly end), `writers` the receiver's half (living connections
-//! and their end), `raw` the only unsafe code. `memory` and `tcp` carry the bytes.
+//! and their end), `raw` the unsafe code that they share. `memory`, `shm` and `tcp` carry the bytes.
 
 mod contract;
 mod lanes;
@@ -10,6 +10,7 @@ mod local;
 mod memory;
 mod metric;
 mod raw;
+mod shm;
 mod tcp;
 mod writers;
 
@@ -19,4 +20,5 @@ pub use contract::{
 };
 pub use local::Local;
 pub use memory::{MemoryNetwork, MemoryOptions, MemoryTransport, NameTaken};
+pub use shm::{ShmOptions, ShmTransport};
 pub use tcp::{TcpOptions, TcpTransport};

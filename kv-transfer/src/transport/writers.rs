@@ -1,6 +1,6 @@
 //! The receiver's half that all transports share: the living connections of writers, and their orderly end.
 //!
-//! Invariant: [`Landing::closed`] is called exactly once per connection, after its receiving task dropped every claim and its
+//! Invariant: [`Landing::closed`] is called exactly once per connection (save one abandoned at the process's end), after its receiving task dropped every claim and its
 //! socket, whether the task returned, was stopped or panicked. A receiving task keeps its [`WriterEntry`] and declares it
 //! before anything that holds a claim or the socket, so that it drops last.
 
@@ -19,6 +19,8 @@ pub(super) const CONNECTIONS_MAX: usize = 4096;
 pub(super) enum NoEntry {
     Full,
     ShuttingDown,
+    /// An earlier connection of that writer is still being ended.
+    Leaving,
 }
 
 struct Living {
@@ -55,7 +57,24 @@ impl Writers {
 
     /// Lets a connection in that has shaken hands.
     pub(super) fn enter(self: &Arc<Self>, instance: Instance) -> Result<WriterEntry, NoEntry> {
-        let mut book = self.book();
+        self.enter_book(self.book(), instance)
+    }
+
+    /// As [`Self::enter`], but not while another connection of that writer is being ended.
+    pub(super) fn enter_unless_leaving(self: &Arc<Self>, instance: Instance) -> Result<WriterEntry, NoEntry> {
+        let book = self.book();
+        let mut of_it = book.living.values().filter(|living| living.instance == instance);
+        if of_it.any(|living| living.stop.is_cancelled()) && !self.stop.is_cancelled() {
+            return Err(NoEntry::Leaving);
+        }
+        self.enter_book(book, instance)
+    }
+
+    fn enter_book(
+        self: &Arc<Self>,
+        mut book: MutexGuard<'_, Book>,
+        instance: Instance,
+    ) -> Result<WriterEntry, NoEntry> {
         if self.stop.is_cancelled() {
             return Err(NoEntry::ShuttingDown);
         }
@@ -81,6 +100,7 @@ impl Writers {
             writers: Arc::clone(self),
             from,
             stop,
+            state: EntryState::Over,
         })
     }
 
@@ -120,14 +140,41 @@ impl Writers {
     }
 }
 
+/// What the drop of an entry means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EntryState {
+    /// The connection is over: nothing is written through it any more.
+    Over,
+    /// The writer has memory of ours.
+    Lent,
+    /// It has, and nobody cares any more.
+    Abandoned,
+}
+
 /// One living connection, kept by its receiving task.
 pub(super) struct WriterEntry {
     writers: Arc<Writers>,
     from: WriterConnection,
     stop: CancellationToken,
+    state: EntryState,
 }
 
 impl WriterEntry {
+    /// The writer is given memory that cannot be taken back from it: from now on the end of the task proves nothing.
+    pub(super) fn lend(&mut self) {
+        self.state = EntryState::Lent;
+    }
+
+    /// It is proven that this writer writes no more.
+    pub(super) fn given_back(&mut self) {
+        self.state = EntryState::Over;
+    }
+
+    /// Nothing is proven and this process ends: nobody is to wait any longer.
+    pub(super) fn abandon(mut self) {
+        self.state = EntryState::Abandoned;
+    }
+
     pub(super) fn from(&self) -> &WriterConnection {
         &self.from
     }
@@ -144,7 +191,12 @@ impl WriterEntry {
 
 impl Drop for WriterEntry {
     fn drop(&mut self) {
-        self.writers.landing.closed(&self.from);
+        match self.state {
+            EntryState::Over => self.writers.landing.closed(&self.from),
+            EntryState::Abandoned => {}
+            // The task panicked. The writer stays in the book: who waits for its end goes on waiting.
+            EntryState::Lent => return,
+        }
         let mut book = self.writers.book();
         let living = book.living.remove(&self.from.connection);
         metric::writers(self.writers.path, book.living.len());

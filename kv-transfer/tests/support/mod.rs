@@ -3,7 +3,9 @@
 mod book;
 mod faulty;
 mod node;
+mod shm;
 
 pub use book::{Book, Event};
 pub use faulty::{Dice, Faults, FaultyPath};
 pub use node::{Kind, Memory, Node, NodeOptions, Tcp, geometry};
+pub use shm::Shm;

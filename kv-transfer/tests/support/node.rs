@@ -35,6 +35,16 @@ pub fn geometry(layers: u32, layer_bytes: u32) -> KvGeometry {
 /// A transport under test.
 pub trait Kind: Send + Sync {
     fn start(&self, options: &NodeOptions, local: Local) -> BoxFuture<'_, Arc<dyn Transport>>;
+
+    /// Connections that its paths have, where `asked` were asked for.
+    fn connections(&self, asked: usize) -> usize {
+        asked
+    }
+
+    /// The writer puts bytes where it likes within the arena: the receiver counts them or not, but cannot discard them.
+    fn one_sided(&self) -> bool {
+        false
+    }
 }
 
 /// The memory transport.

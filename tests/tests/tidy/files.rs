@@ -29,7 +29,7 @@ const ITEMS: [&str; 7] = ["fn", "impl", "struct", "enum", "trait", "union", "mac
 const PREFIXES: [&str; 6] = ["pub", "async", "const", "unsafe", "extern", "default"];
 
 /// The only files with unsafe code: those that wrap mapped memory, raw socket calls and SIMD, and tests that look into arenas.
-const UNSAFE: [&str; 18] = [
+const UNSAFE: [&str; 20] = [
     "crates/engine/src/backend/cpu/arena.rs",
     "crates/engine/src/backend/cpu/kernels/attention.rs",
     "crates/engine/src/backend/cpu/kernels/dispatch.rs",
@@ -46,6 +46,8 @@ const UNSAFE: [&str; 18] = [
     "crates/types/src/arena.rs",
     "kv-transfer/src/arena.rs",
     "kv-transfer/src/transport/raw.rs",
+    "kv-transfer/src/transport/shm/copy.rs",
+    "kv-transfer/src/transport/shm/map.rs",
     "kv-transfer/tests/nodes/mod.rs",
     "kv-transfer/tests/support/node.rs",
 ];

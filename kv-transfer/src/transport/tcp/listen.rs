@@ -229,6 +229,6 @@ fn judge(shared: &Shared, hello: &Hello) -> Result<WriterEntry, (Verdict, &'stat
         .map_err(|_| (Verdict::Refused, "its model or geometry is another"))?;
     shared.writers.enter(hello.from).map_err(|no_entry| match no_entry {
         NoEntry::Full => (Verdict::Full, "there are too many data connections"),
-        NoEntry::ShuttingDown => (Verdict::Refused, "this transport is shutting down"),
+        NoEntry::ShuttingDown | NoEntry::Leaving => (Verdict::Refused, "this transport is shutting down"),
     })
 }

@@ -8,7 +8,8 @@ mod connect;
 mod listen;
 mod receive;
 mod send;
-mod wire;
+/// Its `Hello` opens the connections of other transports too.
+pub(super) mod wire;
 
 #[cfg(test)]
 mod hostile_test;

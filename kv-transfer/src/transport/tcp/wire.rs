@@ -30,13 +30,13 @@ pub(super) const PREFIX_BYTES: usize = HEADER_BYTES + DESCRIPTOR_BYTES;
 /// Most extents in one frame.
 pub(super) const EXTENTS_MAX: usize = 1000;
 /// Magic and major version.
-pub(super) const VERSION_BYTES: usize = 12;
+pub(in crate::transport) const VERSION_BYTES: usize = 12;
 /// Bytes of a [`Hello`].
-pub(super) const HELLO_BYTES: usize = 88;
+pub(in crate::transport) const HELLO_BYTES: usize = 88;
 
 /// What is wrong with bytes that came from a peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum WireError {
+pub(in crate::transport) enum WireError {
     #[error("the first bytes are not Baton's")]
     Magic,
     #[error("wire version {theirs} instead of {WIRE_MAJOR}")]
@@ -49,7 +49,7 @@ pub(super) enum WireError {
 
 /// What a receiver answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(in crate::transport) enum Verdict {
     /// Of a writer's own hello.
     Asking,
     Accepted,
@@ -59,20 +59,20 @@ pub(super) enum Verdict {
 
 /// What each end says first.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Hello {
+pub(in crate::transport) struct Hello {
     /// Who speaks.
-    pub(super) from: Instance,
+    pub(in crate::transport) from: Instance,
     /// Who is meant.
-    pub(super) to: Instance,
-    pub(super) fingerprint: ModelFingerprint,
-    pub(super) geometry: KvGeometry,
+    pub(in crate::transport) to: Instance,
+    pub(in crate::transport) fingerprint: ModelFingerprint,
+    pub(in crate::transport) geometry: KvGeometry,
     /// Wants checksums of payloads; they are used where either end wants them.
-    pub(super) crc: bool,
-    pub(super) verdict: Verdict,
+    pub(in crate::transport) crc: bool,
+    pub(in crate::transport) verdict: Verdict,
 }
 
 impl Hello {
-    pub(super) fn new(ours: &Identity, to: Instance, crc: bool, verdict: Verdict) -> Self {
+    pub(in crate::transport) fn new(ours: &Identity, to: Instance, crc: bool, verdict: Verdict) -> Self {
         Self {
             from: ours.instance,
             to,
@@ -83,7 +83,7 @@ impl Hello {
         }
     }
 
-    pub(super) fn encode(&self) -> [u8; HELLO_BYTES] {
+    pub(in crate::transport) fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut bytes = [0; HELLO_BYTES];
         let mut put = Put {
             bytes: &mut bytes,
@@ -124,7 +124,7 @@ impl Hello {
 
     /// # Errors
     /// Whatever is no hello of this major version.
-    pub(super) fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, WireError> {
+    pub(in crate::transport) fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, WireError> {
         check_version(&bytes[..VERSION_BYTES])?;
         let mut take = Take {
             bytes,
@@ -178,7 +178,7 @@ impl Hello {
 ///
 /// # Errors
 /// What is none of Baton's, or of another major version.
-pub(super) fn check_version(bytes: &[u8]) -> Result<(), WireError> {
+pub(in crate::transport) fn check_version(bytes: &[u8]) -> Result<(), WireError> {
     let mut take = Take { bytes, at: 0 };
     if take.array::<8>() != MAGIC {
         return Err(WireError::Magic);
