@@ -15,6 +15,7 @@ use baton_proto::convert;
 use baton_proto::v1::{self, decode_event::Event};
 use baton_types::{Attempt, FinishReason, Work};
 use std::any::Any;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -199,6 +200,7 @@ impl DecodeRequest {
             deadline: self.deadline,
             beginning,
             until: Until::End,
+            layer_borders: Arc::default(),
             control: control.clone(),
             events: progress,
         };

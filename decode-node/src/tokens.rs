@@ -91,7 +91,7 @@ impl DecodeRequest {
                 }
                 Ok(None)
             }
-            SequenceEvent::Computed { .. } => Ok(None),
+            SequenceEvent::Computed { .. } | SequenceEvent::Layers { .. } => Ok(None),
             SequenceEvent::Token { drawn, .. } => {
                 let now = self.host.clock().now();
                 let first = *tally.first.get_or_insert(now);

@@ -3,7 +3,7 @@
 //!
 //! Fail closed: no token leaves before the reservation is granted, and none after the attempt has failed.
 
-use crate::handover::Pushed;
+use crate::handover::{Finished, Pushed};
 use baton_engine::BlockTable;
 use baton_kv_transfer::{Outgoing, OutgoingSpec, Peer, TransferError};
 use baton_node_host::engine::{Control, Drawn, PrefillDone, SequenceError, SequenceEvent};
@@ -40,7 +40,10 @@ enum End {
 #[derive(Default)]
 struct Progress {
     table: Weak<BlockTable>,
+    /// Leading tokens whose KV is there in all layers.
     computed: usize,
+    /// Leading layers in which the KV of all known tokens, so many, is there.
+    layers: Option<(usize, u32)>,
     token: Option<FirstToken>,
 }
 
@@ -48,19 +51,30 @@ struct FirstToken {
     drawn: Drawn,
     table: Arc<BlockTable>,
     prefill: Option<PrefillDone>,
+    /// When the engine had it.
+    at: Moment,
 }
 
 impl Progress {
     fn take(&mut self, event: SequenceEvent) -> Result<(), SequenceError> {
         match event {
-            SequenceEvent::Started { table, .. } => (self.table, self.computed) = (table, 0),
+            SequenceEvent::Started { table, .. } => {
+                (self.table, self.computed, self.layers) = (table, 0, None);
+            }
             SequenceEvent::Computed { tokens } => self.computed = tokens,
+            SequenceEvent::Layers { tokens, layers } => self.layers = Some((tokens, layers)),
             SequenceEvent::Token {
                 drawn,
                 table: Some(table),
                 prefill,
+                at,
             } => {
-                self.token = Some(FirstToken { drawn, table, prefill });
+                self.token = Some(FirstToken {
+                    drawn,
+                    table,
+                    prefill,
+                    at,
+                });
             }
             // Sequences that end with their first token always bring their table.
             SequenceEvent::Token { table: None, .. } => {}
@@ -190,10 +204,12 @@ impl PrefillRequest {
             }
             if let Some(table) = progress.table.upgrade() {
                 // Blocks from this node's prefix cache are finished from the start.
-                let finished = progress.computed.max(table.held() * block_tokens);
-                pushed
-                    .push_finished(outgoing, &table, finished, false)
-                    .map_err(End::Transfer)?;
+                let whole = Finished::Tokens(progress.computed.max(table.held() * block_tokens));
+                pushed.push(outgoing, &table, whole).map_err(End::Transfer)?;
+                if let Some((tokens, layers)) = progress.layers {
+                    let finished = Finished::Layers { tokens, layers };
+                    pushed.push(outgoing, &table, finished).map_err(End::Transfer)?;
+                }
             }
             tokio::select! {
                 error = outgoing.failed() => return Err(End::Transfer(error)),
@@ -206,13 +222,19 @@ impl PrefillRequest {
     }
 
     async fn finish(&self, outgoing: Outgoing, token: FirstToken, pushed: &mut Pushed) -> Result<(), End> {
-        let FirstToken { drawn, table, prefill } = token;
+        let FirstToken {
+            drawn,
+            table,
+            prefill,
+            at,
+        } = token;
         let ends = drawn.finish.is_some();
         if !ends {
-            let context = self.work.context_tokens();
-            pushed
-                .push_finished(&outgoing, &table, context, true)
-                .map_err(End::Transfer)?;
+            let all = Finished::Layers {
+                tokens: self.work.context_tokens(),
+                layers: self.host.model().geometry.layers,
+            };
+            pushed.push(&outgoing, &table, all).map_err(End::Transfer)?;
         }
         drop(table);
         let payload = FirstTokenPayload {
@@ -233,11 +255,12 @@ impl PrefillRequest {
             return Ok(());
         }
         let report = outgoing.complete(payload.encode()).await.map_err(End::Transfer)?;
-        metrics::histogram!("baton_node_handover_exposed_seconds").record(report.exposed.as_secs_f64());
+        let exposed = self.host.clock().elapsed(at);
+        metrics::histogram!("baton_node_handover_exposed_seconds").record(exposed.as_secs_f64());
         self.tell(Event::HandedOver(v1::HandedOver {
             path: report.path.to_string(),
             bytes: report.bytes,
-            exposed_us: as_us(report.exposed),
+            exposed_us: as_us(exposed),
             reserve_us: as_us(report.reserve_wait),
         }))
         .await

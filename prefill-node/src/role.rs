@@ -1,11 +1,13 @@
 //! The door of the role: checks a request, gives it a place in the queue and a task.
 
+use crate::handover::layer_borders;
 use crate::request::PrefillRequest;
 use baton_kv_transfer::Peer;
 use baton_node_host::engine::{Beginning, Control, SequenceSpec, Until};
 use baton_node_host::{CancelOnDrop, EventStream, Host, Outcome, Role, work};
 use baton_proto::{convert, v1};
 use baton_types::{NodeId, NodeRole, Work};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -18,12 +20,15 @@ const PROGRESS: usize = 64;
 /// The role.
 pub struct PrefillRole {
     host: Host,
+    /// Where the layers of a last chunk are cut to be sent.
+    layer_borders: Arc<[u32]>,
 }
 
 impl PrefillRole {
     /// On this node.
     pub fn new(host: Host) -> Self {
-        Self { host }
+        let layer_borders = layer_borders(&host.model().geometry);
+        Self { host, layer_borders }
     }
 
     fn start(&self, request: v1::PrefillRequest) -> Result<EventStream<v1::PrefillEvent>, Status> {
@@ -48,6 +53,7 @@ impl PrefillRole {
             deadline,
             beginning: Beginning::Compute,
             until: Until::FirstToken,
+            layer_borders: self.layer_borders.clone(),
             control: control.clone(),
             events: progress,
         };

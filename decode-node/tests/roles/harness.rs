@@ -1,7 +1,7 @@
 //! Nodes of both roles in one process, over the memory transport and with the scripted engine.
 
 use baton_decode_node::DecodeRole;
-use baton_engine::{BlockPool, StubSpec, stub};
+use baton_engine::{Backend, BlockPool, StubSpec, stub};
 use baton_kv_transfer::{Arena, Endpoint, EndpointOptions, Identity, PathKind};
 use baton_node_host::{EventStream, Host, NodeIdentity, NodeLimits, NodeParts, PoolBlocks, Role};
 use baton_node_runtime::{Clock, Supervisor};
@@ -47,8 +47,13 @@ impl Default for Shape {
 
 impl TestNode {
     pub async fn start(role: NodeRole, shape: Shape) -> Self {
-        let (clock, supervisor) = (Clock::new(), Supervisor::new());
         let backend = stub(shape.stub.parse::<StubSpec>().unwrap());
+        Self::start_with(role, shape, backend).await
+    }
+
+    /// With this engine instead of the shape's.
+    pub async fn start_with(role: NodeRole, shape: Shape, backend: Box<dyn Backend>) -> Self {
+        let (clock, supervisor) = (Clock::new(), Supervisor::new());
         let geometry = backend.config().kv_geometry(BLOCK_TOKENS, KvDtype::F16);
         let arena = Arena::allocate(geometry, shape.blocks, &mut |_, _| {}).unwrap();
         let instance = Instance::random();

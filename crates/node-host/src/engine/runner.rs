@@ -108,6 +108,19 @@ impl Runner {
             self.drop_unwanted();
             self.tell_room();
             self.show_load();
+            if idle && self.waiting.is_empty() && self.running.is_empty() {
+                self.check_when_idle();
+            }
+        }
+    }
+
+    /// Debug builds look into the pool before the thread goes to sleep; heartbeats do so in all builds, more rarely.
+    fn check_when_idle(&self) {
+        if cfg!(debug_assertions)
+            && let Err(fault) = self.parts.blocks.pool().check_integrity()
+        {
+            // Ends the node: in a debug build a wrong book is to be found where it was written.
+            panic!("the block pool contradicts itself: {fault}");
         }
     }
 
@@ -203,7 +216,12 @@ impl Runner {
         }
         let began = self.clock.now();
         for part in &parts {
-            self.running[part.index].start(began);
+            let slot = &mut self.running[part.index];
+            slot.start(began);
+            let end = slot.computed + part.tokens;
+            if let Err(error) = slot.zero_unfilled(end, &self.parts.arena) {
+                slot.fail(error);
+            }
         }
         match self.step(&parts) {
             Ok(output) => {
@@ -233,14 +251,13 @@ impl Runner {
     }
 
     fn step(&mut self, parts: &[Part]) -> Result<StepOutput, StepError> {
-        let mut watch = Watch {
-            parts: Vec::with_capacity(parts.len()),
-        };
+        let mut watch = Watch::default();
         let mut batch = Vec::with_capacity(parts.len());
         for part in parts {
             let slot = &self.running[part.index];
             let end = slot.computed + part.tokens;
             watch.parts.push((slot.control().clone(), part.tokens));
+            watch.told.extend(slot.layers_told(end));
             batch.push(Slice {
                 tokens: &slot.tokens[slot.computed..end],
                 start: slot.computed,
@@ -262,7 +279,7 @@ impl Runner {
             let slot = &mut self.running[part.index];
             slot.advance(part.tokens, &self.geometry);
             if slot.computed == slot.tokens.len() {
-                slot.draw(output.row(row), &self.parts.ending, &self.parts.arena, now);
+                slot.draw(output.row(row), &self.parts.ending, now);
                 row += 1;
             }
         }

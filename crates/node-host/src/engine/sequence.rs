@@ -47,6 +47,8 @@ pub struct SequenceSpec {
     pub beginning: Beginning,
     /// When it ends.
     pub until: Until,
+    /// After how many layers of its last chunk it is told so, ascending; empty where nobody wants to know.
+    pub layer_borders: Arc<[u32]>,
     /// Shared with the request's task.
     pub control: Arc<Control>,
     /// Where its events go. Never waited for: it must have room for all tokens to come.
@@ -118,6 +120,14 @@ pub enum SequenceEvent {
         /// How many.
         tokens: usize,
     },
+    /// The KV of all known tokens is final in this many leading layers, while the others are being computed. Left out where
+    /// the channel is full. Where the step is broken off and computed anew, the same bits are written once more.
+    Layers {
+        /// How many tokens are known.
+        tokens: usize,
+        /// How many layers.
+        layers: u32,
+    },
     /// The next token.
     Token {
         /// Which.
@@ -126,6 +136,8 @@ pub enum SequenceEvent {
         table: Option<Arc<BlockTable>>,
         /// From the first chunk's begin, with the first token that follows computed prompt tokens.
         prefill: Option<PrefillDone>,
+        /// When its step had ended.
+        at: Moment,
     },
     /// It ended without its last token.
     Failed {

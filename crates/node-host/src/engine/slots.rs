@@ -1,6 +1,7 @@
 //! A sequence inside the engine thread: its tokens, its blocks, how far it is and who is told.
 
 use super::ending::Ending;
+use super::observer::{LayersTold, tell_progress};
 use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
 use baton_engine::{BlockPool, BlockTable, NoRoom, sample};
 use baton_node_runtime::Moment;
@@ -34,6 +35,8 @@ pub(super) struct Slot {
     pub holds_a_place: bool,
     /// Leading blocks that were given their identity.
     published: usize,
+    /// The unfilled slots of its last block were zeroed.
+    zeroed: bool,
     /// It is over: nobody listens, or everything was said.
     pub over: bool,
 }
@@ -63,6 +66,7 @@ impl Slot {
             gave_way: false,
             holds_a_place: !decoding,
             published: 0,
+            zeroed: false,
             over: false,
         };
         slot.publish(geometry);
@@ -153,6 +157,7 @@ impl Slot {
         self.computed = 0;
         self.prefilled = 0;
         self.published = 0;
+        self.zeroed = false;
         self.decoding = false;
     }
 
@@ -182,6 +187,31 @@ impl Slot {
                 total,
             }),
         }
+    }
+
+    /// The next step computes up to token `end`. Where that is the last one of a sequence whose blocks will leave the node,
+    /// what stays unfilled of its last block is zeroed: before the step, which writes the other slots only, so that each layer
+    /// can leave as soon as it is computed; and once, so that a step that is computed anew disturbs nothing on its way out.
+    pub fn zero_unfilled(&mut self, end: usize, arena: &ArenaView) -> Result<(), SequenceError> {
+        if self.spec.until != Until::FirstToken || end < self.tokens.len() || self.zeroed {
+            return Ok(());
+        }
+        if let Some(table) = &self.table {
+            table.zero_unfilled(arena, end)?;
+            self.zeroed = true;
+        }
+        Ok(())
+    }
+
+    /// Whom to tell of the layers of a step that computes up to token `end`: the last chunk's layers leave the node while
+    /// the step goes on. Earlier chunks are not told of: they leave whole, hidden behind the next one.
+    pub fn layers_told(&self, end: usize) -> Option<LayersTold> {
+        let wanted = end == self.tokens.len() && !self.decoding && !self.spec.layer_borders.is_empty();
+        wanted.then(|| LayersTold {
+            events: self.spec.events.clone(),
+            borders: self.spec.layer_borders.clone(),
+            tokens: end,
+        })
     }
 
     /// A step has computed `tokens` more tokens.
@@ -217,7 +247,7 @@ impl Slot {
     }
 
     /// Draws the next token from `logits` and tells it. The sequence is over where that was its last.
-    pub fn draw(&mut self, logits: &[f32], ending: &Ending, arena: &ArenaView, now: Moment) {
+    pub fn draw(&mut self, logits: &[f32], ending: &Ending, now: Moment) {
         let (prompt, generated) = self.tokens.split_at(self.prompt_len);
         let index = u32::try_from(generated.len()).unwrap_or(u32::MAX);
         let sampled = sample(logits, &self.spec.sampling, prompt, generated);
@@ -235,14 +265,16 @@ impl Slot {
             finish,
         };
         let ends = finish.is_some() || self.spec.until == Until::FirstToken;
-        let mut table = None;
-        if self.spec.until == Until::FirstToken {
-            table = self.table.take();
-            if let Some(Err(error)) = table.as_ref().map(|table| table.zero_unfilled(arena, self.computed)) {
-                return self.fail(SequenceError::Arena(error));
-            }
-        }
-        self.tell(SequenceEvent::Token { drawn, table, prefill });
+        let table = match self.spec.until {
+            Until::FirstToken => self.table.take(),
+            Until::End => None,
+        };
+        self.tell(SequenceEvent::Token {
+            drawn,
+            table,
+            prefill,
+            at: now,
+        });
         self.over |= ends;
     }
 
@@ -253,9 +285,11 @@ impl Slot {
     }
 
     fn tell(&mut self, event: SequenceEvent) {
+        if matches!(event, SequenceEvent::Computed { .. }) {
+            return tell_progress(&self.spec.events, event);
+        }
         match self.spec.events.try_send(event) {
-            // The next progress says more than the one left out.
-            Ok(()) | Err(TrySendError::Full(SequenceEvent::Computed { .. })) => {}
+            Ok(()) => {}
             Err(TrySendError::Full(_)) => {
                 tracing::error!(request_id = %self.spec.request_id, "event channel is too small, sequence dropped");
                 self.over = true;
