@@ -33,6 +33,10 @@ pub struct ClusterOptions {
     pub kv_bytes: String,
     /// More flags for every node.
     pub node_flags: Vec<String>,
+    /// More flags for prefill nodes.
+    pub prefill_flags: Vec<String>,
+    /// More flags for decode nodes.
+    pub decode_flags: Vec<String>,
     /// More flags for the coordinator.
     pub coordinator_flags: Vec<String>,
 }
@@ -47,6 +51,8 @@ impl ClusterOptions {
             store: Store::Embedded,
             kv_bytes: "256MiB".into(),
             node_flags: Vec::new(),
+            prefill_flags: Vec::new(),
+            decode_flags: Vec::new(),
             coordinator_flags: Vec::new(),
         }
     }
@@ -299,5 +305,10 @@ async fn start_node(options: &ClusterOptions, coordinator: &Process, role: &str,
     flags.extend(["--kv-bytes".into(), options.kv_bytes.clone(), "--store".into()]);
     flags.push(store_flag(options, Some(coordinator))?);
     flags.extend(options.node_flags.iter().cloned());
+    let of_role = match role {
+        "prefill" => &options.prefill_flags,
+        _ => &options.decode_flags,
+    };
+    flags.extend(of_role.iter().cloned());
     Process::start(name, &flags, START_LIMIT).await
 }

@@ -6,9 +6,11 @@ mod cluster;
 mod etcd;
 mod process;
 mod prompts;
+mod random_llama;
 
 pub use client::{Answer, Ask, ask, http_get, http_post, stream_ask};
 pub use cluster::{Cluster, ClusterOptions, Store};
 pub use etcd::Etcd;
 pub use process::{Process, baton_binary, long_campaign, model_path, test_python, until};
 pub use prompts::{Kind, Prompt, prompts};
+pub use random_llama::RandomLlama;

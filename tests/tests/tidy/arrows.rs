@@ -43,8 +43,8 @@ const MAY_USE: [(&str, &[&str]); 16] = [
         ],
     ),
     ("baton", ALL),
-    ("baton-bench", ALL),
     ("baton-tests", ALL),
+    ("baton-bench", BENCH),
 ];
 
 /// A node's role: everything below but the planner.
@@ -74,6 +74,24 @@ const ALL: &[&str] = &[
     "baton-prefill-node",
     "baton-decode-node",
     "baton-coordinator",
+];
+
+/// Programs that measure start their clusters as the tests do.
+const BENCH: &[&str] = &[
+    "baton-types",
+    "baton-node-runtime",
+    "baton-proto",
+    "baton-engine",
+    "baton-text",
+    "baton-scheduling",
+    "baton-cluster-state",
+    "baton-kv-transfer",
+    "baton-planner",
+    "baton-node-host",
+    "baton-prefill-node",
+    "baton-decode-node",
+    "baton-coordinator",
+    "baton-tests",
 ];
 
 /// What tests of a package may use beyond that: none of it is in what is built.
