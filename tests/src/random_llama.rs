@@ -67,7 +67,7 @@ impl RandomLlama {
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "hidden_act": "silu",
-            "tie_word_embeddings": true,
+            "tie_word_embeddings": false,
             "eos_token_id": BYTES,
         })
     }
@@ -77,6 +77,7 @@ impl RandomLlama {
         let mut tensors = vec![
             ("model.embed_tokens.weight".to_owned(), vec![self.vocab(), self.hidden]),
             ("model.norm.weight".to_owned(), vec![self.hidden]),
+            ("lm_head.weight".to_owned(), vec![self.vocab(), self.hidden]),
         ];
         for layer in 0..self.layers {
             let parts = [
@@ -175,8 +176,8 @@ mod tests {
         let weights = fs::read(folder.path().join("model.safetensors")).expect("read");
         let header = u64::from_le_bytes(weights[..8].try_into().expect("eight bytes")) as usize;
         let tensors: Value = serde_json::from_slice(&weights[8..8 + header]).expect("JSON");
-        assert_eq!(tensors.as_object().map(serde_json::Map::len), Some(2 + 9 * 4));
-        let elements = 257 * 128 + 128 + 4 * (2 * 128 + 7 * 128 * 128);
+        assert_eq!(tensors.as_object().map(serde_json::Map::len), Some(3 + 9 * 4));
+        let elements = 2 * 257 * 128 + 128 + 4 * (2 * 128 + 7 * 128 * 128);
         assert_eq!(weights.len(), 8 + header + 4 * elements);
         assert_eq!(
             tokenizer()["model"]["vocab"].as_object().map(serde_json::Map::len),
