@@ -3,6 +3,7 @@
 // Clippy spares tests only where they stand in `#[test]` functions, which these cases share.
 #![allow(clippy::unwrap_used)]
 
+mod processes;
 mod support;
 
 use baton_kv_transfer::transport::{ConnectError, Extent, Path, PathError, Reject, SourceClaim};
@@ -29,7 +30,7 @@ macro_rules! conformance {
         mod shm {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
             async fn $case() {
-                super::$case(&super::Shm).await;
+                super::$case(&super::Shm::default()).await;
             })*
         }
     };

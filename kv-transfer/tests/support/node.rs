@@ -117,9 +117,13 @@ pub struct Node {
 
 impl Node {
     pub async fn start(kind: &dyn Kind, options: &NodeOptions) -> Self {
+        Self::start_as(kind, options, Instance::random()).await
+    }
+
+    pub async fn start_as(kind: &dyn Kind, options: &NodeOptions, instance: Instance) -> Self {
         let identity = Identity {
             node: NodeId::new("node"),
-            instance: Instance::random(),
+            instance,
             fingerprint: options.fingerprint,
             geometry: options.geometry,
             numerics: NumericsId("test".into()),

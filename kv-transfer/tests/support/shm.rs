@@ -8,14 +8,30 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The shared-memory transport.
-#[derive(Default)]
-pub struct Shm;
+pub struct Shm {
+    shutdown_timeout: Duration,
+}
+
+impl Default for Shm {
+    fn default() -> Self {
+        let shutdown_timeout = Duration::from_secs(30);
+        Self { shutdown_timeout }
+    }
+}
+
+impl Shm {
+    /// One that waits for proof only briefly when it ends.
+    pub fn impatient() -> Self {
+        let shutdown_timeout = Duration::from_millis(200);
+        Self { shutdown_timeout }
+    }
+}
 
 impl Kind for Shm {
     fn start(&self, options: &NodeOptions, local: Local) -> BoxFuture<'_, Arc<dyn Transport>> {
         let options = ShmOptions {
             connect_timeout: Duration::from_secs(30),
-            shutdown_timeout: Duration::from_secs(30),
+            shutdown_timeout: self.shutdown_timeout,
             bytes_in_flight_max: options.bytes_in_flight_max,
         };
         async move { Arc::new(ShmTransport::start(options, local).unwrap()) as Arc<dyn Transport> }.boxed()

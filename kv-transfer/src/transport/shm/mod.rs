@@ -14,4 +14,7 @@ mod receive;
 mod ring;
 mod socket;
 
+#[cfg(test)]
+mod hostile_test;
+
 pub use listen::{ShmOptions, ShmTransport};
