@@ -10,6 +10,9 @@ mod arena;
 mod control;
 mod endpoint;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod options;
 mod session;

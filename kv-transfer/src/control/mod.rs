@@ -7,6 +7,8 @@
 
 mod codec;
 mod convert;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod line;
 mod wire;

@@ -11,7 +11,7 @@ mod memory;
 mod metric;
 mod raw;
 mod shm;
-mod tcp;
+pub(crate) mod tcp;
 mod writers;
 
 pub use contract::{

@@ -271,10 +271,17 @@ fn message(parts: &[libc::iovec]) -> libc::msghdr {
 }
 
 /// A whole block as it stands now.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(super) fn peek(arena: &ArenaView, block: baton_types::BlockId) -> Vec<u8> {
     let mut bytes = vec![0; arena.geometry().block_bytes()];
     // SAFETY: tests look only while no transport writes that block.
     unsafe { arena.read(block, 0, &mut bytes) }.expect("tests name blocks of the arena");
     bytes
+}
+
+/// Sets a whole block.
+#[cfg(any(test, fuzzing))]
+pub(super) fn poke(arena: &ArenaView, block: baton_types::BlockId, bytes: &[u8]) {
+    // SAFETY: tests write only while no transport uses that block.
+    unsafe { arena.write(block, 0, bytes) }.expect("tests name blocks of the arena");
 }

@@ -5,6 +5,8 @@
 //! blocks, many extents to one system call. Data flows one way; a connection that fails or ends is never resumed.
 
 mod connect;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod listen;
 mod receive;
 mod send;
