@@ -21,6 +21,9 @@ pub struct EndpointOptions {
     pub connections_per_peer: usize,
     /// Check each extent's CRC32C on tcp.
     pub crc: bool,
+    /// As a sender, tell a digest of everything that was sent, to be compared before the commit. Received ones are always
+    /// compared.
+    pub digest: bool,
     /// A grant without progress for this long is aborted (never freed).
     pub reservation_lease: Duration,
     /// How long a sender may take to prove that an epoch is over before its connections are destroyed.
@@ -49,6 +52,7 @@ impl Default for EndpointOptions {
             require_path: None,
             connections_per_peer: 2,
             crc: true,
+            digest: false,
             reservation_lease: Duration::from_secs(10),
             fence_timeout: Duration::from_secs(2),
             quarantine_share: 0.25,

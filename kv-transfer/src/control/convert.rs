@@ -3,7 +3,7 @@
 use super::wire::{
     Abort, Body, Code, Committed, Complete, Dtype, Envelope, Failure, Fence, Fenced, Geometry, Grant, Refused,
 };
-use super::wire::{Renew, Reserve};
+use super::wire::{PathBroken, Renew, Reserve};
 use crate::TransferError;
 use crate::session::{Header, ToReceiver, ToSender};
 use baton_types::{Attempt, BlockId, Budget, Epoch, KvDtype, KvGeometry, Ticket};
@@ -93,16 +93,24 @@ pub(super) fn to_receiver(header: &Header, message: &ToReceiver) -> Envelope {
             budget_us: Budget(*budget).as_us(),
         }),
         ToReceiver::Renew => Body::Renew(Renew {}),
-        ToReceiver::Complete { blocks, payload } => Body::Complete(Complete {
+        ToReceiver::Complete {
+            blocks,
+            payload,
+            digest,
+        } => Body::Complete(Complete {
             first: blocks.start,
             end: blocks.end,
             payload: payload.clone(),
+            digest: *digest,
         }),
         ToReceiver::Abort { error } => Body::Abort(Abort {
             failure: failure(error),
         }),
         ToReceiver::Fenced { connections } => Body::Fenced(Fenced {
             connections: *connections,
+        }),
+        ToReceiver::PathBroken { error } => Body::PathBroken(PathBroken {
+            failure: failure(error),
         }),
     };
     envelope(header, body)
@@ -112,6 +120,7 @@ pub(super) fn to_sender(header: &Header, message: &ToSender) -> Envelope {
     let body = match message {
         ToSender::Grant {
             held,
+            digest_from,
             wanted,
             destinations,
             lease,
@@ -121,6 +130,7 @@ pub(super) fn to_sender(header: &Header, message: &ToSender) -> Envelope {
             end: wanted.end,
             destinations: destinations.iter().map(|block| block.0).collect(),
             lease_us: Budget(*lease).as_us(),
+            digest_from: *digest_from,
         }),
         ToSender::Refused { error } => Body::Refused(Refused {
             failure: failure(error),
@@ -167,20 +177,29 @@ pub(super) fn meaning(envelope: Envelope) -> Result<Meaning, Meaningless> {
             budget: Budget::from_us(budget_us).0,
         }),
         Body::Renew(Renew {}) => to_receiver(ToReceiver::Renew),
-        Body::Complete(Complete { first, end, payload }) => to_receiver(ToReceiver::Complete {
+        Body::Complete(Complete {
+            first,
+            end,
+            payload,
+            digest,
+        }) => to_receiver(ToReceiver::Complete {
             blocks: range("blocks", first, end)?,
             payload,
+            digest,
         }),
         Body::Abort(Abort { failure }) => to_receiver(ToReceiver::Abort { error: error(failure) }),
         Body::Fenced(Fenced { connections }) => to_receiver(ToReceiver::Fenced { connections }),
+        Body::PathBroken(PathBroken { failure }) => to_receiver(ToReceiver::PathBroken { error: error(failure) }),
         Body::Grant(Grant {
             held,
             first,
             end,
             destinations,
             lease_us,
+            digest_from,
         }) => to_sender(ToSender::Grant {
             held,
+            digest_from,
             wanted: range("wanted", first, end)?,
             destinations: destinations.into_iter().map(BlockId).collect(),
             lease: Budget::from_us(lease_us).0,
@@ -278,24 +297,30 @@ mod tests {
                 }
             }),
             Just(ToReceiver::Renew),
-            (ranges(), proptest::collection::vec(any::<u8>(), 0..50)).prop_map(|(blocks, payload)| {
-                ToReceiver::Complete {
+            (
+                ranges(),
+                proptest::collection::vec(any::<u8>(), 0..50),
+                any::<Option<u64>>()
+            )
+                .prop_map(|(blocks, payload, digest)| ToReceiver::Complete {
                     blocks,
                     payload: Bytes::from(payload),
-                }
-            }),
+                    digest,
+                }),
+            errors().prop_map(|error| ToReceiver::PathBroken { error }),
             errors().prop_map(|error| ToReceiver::Abort { error }),
             any::<u32>().prop_map(|connections| ToReceiver::Fenced { connections }),
         ];
         let sender = prop_oneof![
             (
-                any::<u32>(),
+                any::<(u32, u32)>(),
                 ranges(),
                 proptest::collection::vec(any::<u32>(), 0..9),
                 durations()
             )
-                .prop_map(|(held, wanted, destinations, lease)| ToSender::Grant {
+                .prop_map(|((held, digest_from), wanted, destinations, lease)| ToSender::Grant {
                     held,
+                    digest_from,
                     wanted,
                     destinations: destinations.into_iter().map(BlockId).collect(),
                     lease,

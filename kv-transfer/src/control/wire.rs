@@ -59,7 +59,7 @@ pub(super) struct Envelope {
     /// 0 where there is no grant yet.
     #[prost(uint64, tag = "5")]
     pub epoch: u64,
-    #[prost(oneof = "Body", tags = "6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
+    #[prost(oneof = "Body", tags = "6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub body: Option<Body>,
 }
 
@@ -85,6 +85,8 @@ pub(super) enum Body {
     Committed(Committed),
     #[prost(message, tag = "15")]
     Fence(Fence),
+    #[prost(message, tag = "16")]
+    PathBroken(PathBroken),
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -112,6 +114,9 @@ pub(super) struct Complete {
     pub end: u32,
     #[prost(bytes = "bytes", tag = "3")]
     pub payload: prost::bytes::Bytes,
+    /// See `session::digest`.
+    #[prost(fixed64, optional, tag = "4")]
+    pub digest: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -139,6 +144,15 @@ pub(super) struct Grant {
     pub destinations: Vec<u32>,
     #[prost(uint64, tag = "5")]
     pub lease_us: u64,
+    /// The first ordinal that a digest covers.
+    #[prost(uint32, tag = "6")]
+    pub digest_from: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PathBroken {
+    #[prost(message, optional, tag = "1")]
+    pub failure: Option<Failure>,
 }
 
 #[derive(Clone, PartialEq, Message)]

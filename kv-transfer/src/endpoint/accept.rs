@@ -63,7 +63,7 @@ impl Acceptor {
             // Small messages must not wait for each other; without the option they are late, not lost.
             let _ = stream.set_nodelay(true);
             answer(&mut stream, &self.identity, |instance| {
-                self.receiving.clear_way_for(instance)
+                self.receiving.clear_way_for(instance, timeout / 2)
             })
             .await
         };

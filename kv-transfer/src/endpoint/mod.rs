@@ -2,6 +2,7 @@
 
 mod accept;
 mod blocks;
+mod digest;
 mod gate;
 mod incoming;
 mod landing;

@@ -5,15 +5,16 @@
 //! Nothing under the lock waits. What needs waiting (destroying connections) is left to the service's task.
 
 use super::blocks::{DestinationBlocks, QuarantinedBlocks, ReservedBlocks};
+use super::digest::Comparison;
 use super::incoming::{ExpectSpec, Incoming, IncomingEvent};
 use super::stats::Counters;
-use crate::ExpectError;
 use crate::control::Line;
 use crate::session::{Effect, Event, Header, Limits, NotExpected, Receiver, ToReceiver};
+use crate::{ExpectError, PathKind};
 use baton_node_runtime::{Clock, Moment};
 use baton_types::{BlockHash, Epoch, Instance, KvGeometry, Ticket};
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,6 +54,15 @@ struct Role {
     events: mpsc::Sender<IncomingEvent>,
 }
 
+/// What the service's task does for the machine, and answers.
+#[derive(Default)]
+pub(super) struct Errands {
+    /// Writers whose connections of a kind are to be destroyed, and through which epoch.
+    pub(super) disconnects: Vec<(Instance, PathKind, Epoch)>,
+    /// Digests that are to be compared.
+    pub(super) comparisons: Vec<Comparison>,
+}
+
 pub(super) struct Core {
     pub(super) machine: Receiver,
     roles: HashMap<Ticket, Role>,
@@ -60,10 +70,10 @@ pub(super) struct Core {
     quarantined: HashMap<Epoch, Box<dyn QuarantinedBlocks>>,
     lines: HashMap<Instance, (u64, Line)>,
     next_line: u64,
-    /// Writers whose connections are to be destroyed, and through which epoch.
-    condemned: Vec<(Instance, Epoch)>,
-    /// Those and the ones in progress, counted.
-    disconnecting: BTreeMap<Instance, usize>,
+    /// What is to be done without the lock.
+    errands: Errands,
+    /// Connections that are to be destroyed, or are being.
+    disconnecting: BTreeSet<(Instance, PathKind)>,
     /// When the service's task will look by itself.
     armed: Duration,
     closed: bool,
@@ -88,8 +98,8 @@ impl Receiving {
             quarantined: HashMap::new(),
             lines: HashMap::new(),
             next_line: 0,
-            condemned: Vec::new(),
-            disconnecting: BTreeMap::new(),
+            errands: Errands::default(),
+            disconnecting: BTreeSet::new(),
             armed: Duration::MAX,
             closed: false,
             garbage: Vec::new(),
@@ -209,17 +219,23 @@ impl Receiving {
         Some(number)
     }
 
-    /// Whatever that process had here before is over, and its connections are destroyed when this resolves.
-    pub(super) async fn clear_way_for(&self, instance: Instance) {
+    /// Whatever that process had here before is over, and its connections are destroyed when this resolves: or some cannot
+    /// be within `patience`, and nothing is granted on those kinds of path until they are.
+    pub(super) async fn clear_way_for(&self, instance: Instance, patience: Duration) {
         self.line_replaced(instance);
-        loop {
-            let changed = self.disconnected.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            if !self.lock().disconnecting.contains_key(&instance) {
-                return;
+        let cleared = async {
+            loop {
+                let changed = self.disconnected.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if !self.lock().disconnecting.iter().any(|(gone, _)| *gone == instance) {
+                    return;
+                }
+                changed.await;
             }
-            changed.await;
+        };
+        if self.clock.timeout(patience, cleared).await.is_err() {
+            tracing::warn!(%instance, "a sender is back before all that it had here is proven over");
         }
     }
 
@@ -254,8 +270,8 @@ impl Receiving {
         }
     }
 
-    /// For the service's task: does what is due, and gives the writers to be disconnected and when to come again.
-    pub(super) fn due(&self) -> (Vec<(Instance, Epoch)>, Moment) {
+    /// For the service's task: does what is due, and gives it its errands and when to come again.
+    pub(super) fn due(&self) -> (Errands, Moment) {
         let room_changed = self.room_changed.swap(false, Ordering::AcqRel);
         self.with(|machine, now| {
             if room_changed {
@@ -267,25 +283,31 @@ impl Receiving {
         });
         let mut core = self.lock();
         core.armed = core.machine.next_tick();
-        (std::mem::take(&mut core.condemned), self.started + core.armed)
+        (std::mem::take(&mut core.errands), self.started + core.armed)
     }
 
     pub(super) async fn woken(&self) {
         self.wake.notified().await;
     }
 
-    /// The writer's connections were destroyed.
-    pub(super) fn disconnect_done(&self, instance: Instance, through: Epoch) {
-        self.event(Event::Disconnected { instance, through });
-        let mut core = self.lock();
-        if let Some(count) = core.disconnecting.get_mut(&instance) {
-            *count -= 1;
-            if *count == 0 {
-                core.disconnecting.remove(&instance);
-            }
-        }
-        drop(core);
+    /// The writer's connections of that kind were destroyed.
+    pub(super) fn disconnect_done(&self, instance: Instance, path: PathKind, through: Epoch) {
+        self.lock().disconnecting.remove(&(instance, path));
+        self.event(Event::Disconnected {
+            instance,
+            path,
+            through,
+        });
         self.disconnected.notify_waiters();
+    }
+
+    /// The digest of what arrived was compared with the sender's.
+    pub(super) fn verified(&self, epoch: Epoch, matches: bool) {
+        if !matches {
+            tracing::error!(epoch = epoch.0, "what arrived has another digest than what was sent");
+            self.counters.digest_mismatch();
+        }
+        self.event(Event::Verified { epoch, matches });
     }
 
     /// Every attempt ends, no line is left, and none comes.
@@ -305,12 +327,21 @@ impl Receiving {
 
     /// Every transport was shut down: nothing can be written here any more.
     pub(super) fn nothing_writes(&self) {
+        let abandoned = std::mem::take(&mut self.lock().errands.comparisons);
         self.with(|machine, now| {
-            for instance in machine.writers() {
+            for Comparison { epoch, .. } in abandoned {
+                machine.handle(now, Event::Verified { epoch, matches: false });
+            }
+            for (instance, path) in machine
+                .writers()
+                .into_iter()
+                .flat_map(|instance| PathKind::ALL.map(|path| (instance, path)))
+            {
                 machine.handle(
                     now,
                     Event::Disconnected {
                         instance,
+                        path,
                         through: Epoch(u64::MAX),
                     },
                 );
@@ -353,6 +384,16 @@ impl Receiving {
                     reserved.release();
                 }
             }
+            Effect::Regrant { old, new } => {
+                tracing::debug!(old = old.0, epoch = new.0, "goes on under a new epoch");
+                if let Some(reserved) = core.reserved.remove(&old) {
+                    core.reserved.insert(new, reserved);
+                }
+            }
+            Effect::Verify { epoch, blocks, digest } => {
+                core.errands.comparisons.push(Comparison { epoch, blocks, digest });
+                self.wake.notify_one();
+            }
             Effect::Send { to, header, message } => {
                 if let Some((_, line)) = core.lines.get(&to) {
                     line.tell_sender(&header, &message);
@@ -377,6 +418,7 @@ impl Receiving {
                 payload,
                 bytes,
                 path,
+                fallbacks,
             } => {
                 let Some(reserved) = core.reserved.remove(&epoch) else {
                     return;
@@ -392,7 +434,7 @@ impl Receiving {
                     payload,
                     bytes,
                     path,
-                    fallbacks: Vec::new(),
+                    fallbacks,
                 };
                 tell(core, ticket, event);
                 core.roles.remove(&ticket);
@@ -417,12 +459,14 @@ impl Receiving {
                     quarantined.release();
                 }
             }
-            Effect::Disconnect { instance, through } => {
-                if let Some((_, line)) = core.lines.remove(&instance) {
-                    line.close();
-                }
-                core.condemned.push((instance, through));
-                *core.disconnecting.entry(instance).or_default() += 1;
+            Effect::Disconnect {
+                instance,
+                path,
+                through,
+            } => {
+                tracing::info!(%instance, %path, "what a sender has here on this path is being destroyed");
+                core.errands.disconnects.push((instance, path, through));
+                core.disconnecting.insert((instance, path));
                 self.wake.notify_one();
             }
         }

@@ -1,14 +1,17 @@
 //! The sender's driver of one hand-over: performs the effects of its machine. The machine and the queue of extents stand
 //! under one lock; whoever brings an event performs what needs no waiting, and the hand-over's task does the rest: it links
-//! up, writes, fences, and watches the time.
+//! up, opens paths, sums, writes, fences, and watches the time.
+//!
+//! Every extent that was pushed is kept, with its claim, until the outcome: another path may have to write it again.
 
+use super::digest::Digester;
 use super::link::{Link, Links};
 use super::outgoing::{Granted, HandoverReport, OutgoingSpec};
 use super::peer_paths::{PathWish, SharedPath};
 use super::stats::Counters;
-use crate::session::{Header, Outcome, Sender, SenderEffect, SenderEvent, SenderLimits};
+use crate::session::{Header, Outcome, Push, Sender, SenderEffect, SenderEvent, SenderLimits};
 use crate::transport::{Extent, Path, PathError, SourceClaim};
-use crate::{Peer, TransferError};
+use crate::{PathKind, Peer, TransferError};
 use baton_node_runtime::{Clock, Moment};
 use baton_types::{Attempt, BlockId, Epoch, KvGeometry, Ticket};
 use futures::FutureExt;
@@ -19,14 +22,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
-/// Extents of one write: enough to keep every connection busy, few enough that a fence need not wait long.
+/// Extents and bytes of one write: enough to keep every connection busy, few enough that a fence need not wait long.
 const BATCH: usize = 256;
+const BATCH_BYTES: u64 = 8 << 20;
 
 pub(super) struct SendingParts {
     pub spec: OutgoingSpec,
     pub geometry: KvGeometry,
     pub fence_timeout: Duration,
     pub answer_timeout: Duration,
+    /// Where the receiver is to be told a digest.
+    pub digester: Option<Digester>,
     pub clock: Clock,
     pub counters: Arc<Counters>,
 }
@@ -37,9 +43,10 @@ pub(super) struct Sending {
     attempt: Attempt,
     context_tokens: u64,
     peer: Peer,
+    layer_bytes: u64,
     /// What paths are chosen by.
     wish: PathWish,
-    layer_bytes: u64,
+    digester: Option<Digester>,
     clock: Clock,
     started: Moment,
     counters: Arc<Counters>,
@@ -53,11 +60,22 @@ pub(super) struct Sending {
 struct State {
     machine: Sender,
     link: Option<Arc<Link>>,
-    path: Option<Arc<SharedPath>>,
-    queue: VecDeque<Extent>,
+    /// What was pushed, in that order.
+    kept: Vec<Kept>,
+    /// Those of it that are to be written under the current grant.
+    queue: VecDeque<usize>,
     fence: Option<Epoch>,
+    /// Kinds of path that broke: another is to be found.
+    next_path: Option<Vec<PathKind>>,
+    /// The path is to be closed at the end.
+    close_path: bool,
     /// Something went to the path under the grant.
     wrote: bool,
+    /// For so long paths that broke were at work.
+    busy_before: Duration,
+    path: Option<Arc<SharedPath>>,
+    /// The first grant, which the role knows.
+    granted: Option<Granted>,
     bytes: u64,
     asked_at: Option<Moment>,
     granted_at: Option<Moment>,
@@ -65,10 +83,28 @@ struct State {
     ended_at: Option<Moment>,
 }
 
+struct Kept {
+    ordinal: u32,
+    layers: Range<u32>,
+    source: BlockId,
+    claim: SourceClaim,
+    /// It is in the digest.
+    summed: bool,
+}
+
 /// What the task waits for.
 enum Done {
-    Written(Result<(), PathError>),
+    Written(Epoch, Result<(), PathError>),
     Fenced(u32, Result<(), PathError>),
+}
+
+/// What the task does: at most one thing each.
+#[derive(Default)]
+struct Work {
+    path: Option<Arc<SharedPath>>,
+    opening: Option<BoxFuture<'static, Result<Arc<SharedPath>, TransferError>>>,
+    writing: Option<BoxFuture<'static, Done>>,
+    closing: Option<BoxFuture<'static, ()>>,
 }
 
 impl Sending {
@@ -78,6 +114,7 @@ impl Sending {
             geometry,
             fence_timeout,
             answer_timeout,
+            digester,
             clock,
             counters,
         } = parts;
@@ -86,14 +123,20 @@ impl Sending {
             deadline: spec.deadline,
             fence_timeout,
             answer_timeout,
+            digest: digester.is_some(),
         };
         let state = State {
             machine: Sender::new(limits),
             link: None,
-            path: None,
+            kept: Vec::new(),
             queue: VecDeque::new(),
             fence: None,
+            next_path: None,
+            close_path: false,
             wrote: false,
+            busy_before: Duration::ZERO,
+            path: None,
+            granted: None,
             bytes: 0,
             asked_at: None,
             granted_at: None,
@@ -111,8 +154,9 @@ impl Sending {
             attempt: spec.attempt,
             context_tokens: spec.context_tokens as u64,
             peer: spec.peer,
-            wish,
             layer_bytes: geometry.layer_bytes() as u64,
+            wish,
+            digester,
             clock,
             started,
             counters,
@@ -149,42 +193,73 @@ impl Sending {
 
     /// Performs effects, and says what became of the hand-over to those who wait for it.
     fn settle(&self, mut state: MutexGuard<'_, State>, now: Duration) {
-        self.perform(&mut state);
-        let newly_granted = state.granted_at.is_none() && state.machine.grant().is_some();
+        self.perform(&mut state, now);
+        let first = state.machine.grant().filter(|_| state.granted.is_none());
+        let first = first.map(|grant| Granted {
+            epoch: grant.epoch,
+            held: grant.held as usize,
+            wanted: grant.wanted.clone(),
+        });
+        let newly_granted = first.is_some();
         let newly_ended = state.ended_at.is_none() && state.machine.outcome().is_some();
-        let mut unsent = VecDeque::new();
+        let mut kept = Vec::new();
         if newly_granted {
+            state.granted = first;
             state.granted_at = Some(self.started + now);
         }
         if newly_ended {
             state.ended_at = Some(self.started + now);
             self.count(&state);
-            unsent = std::mem::take(&mut state.queue);
+            state.queue.clear();
+            kept = std::mem::take(&mut state.kept);
         }
         drop(state);
         // Their claims are the role's objects: dropped without the lock.
-        drop(unsent);
+        drop(kept);
         if newly_granted || newly_ended {
             self.changed.send_replace(());
         }
         self.wake.notify_one();
     }
 
-    fn perform(&self, state: &mut State) {
-        for effect in state.machine.take_effects() {
-            let Some(link) = &state.link else { continue };
-            match effect {
-                SenderEffect::Send { epoch, message } => {
-                    let header = Header {
-                        ticket: self.ticket,
-                        attempt: self.attempt,
-                        epoch,
-                    };
-                    link.tell(&header, &message);
-                }
-                SenderEffect::Fence { epoch } => state.fence = Some(epoch),
-                SenderEffect::BreakLink => link.break_off(),
+    fn perform(&self, state: &mut State, now: Duration) {
+        loop {
+            let effects = state.machine.take_effects();
+            if effects.is_empty() {
+                return;
             }
+            for effect in effects {
+                self.perform_one(state, now, effect);
+            }
+        }
+    }
+
+    fn perform_one(&self, state: &mut State, now: Duration, effect: SenderEffect) {
+        let Some(link) = &state.link else { return };
+        match effect {
+            SenderEffect::Send { epoch, message } => {
+                let header = Header {
+                    ticket: self.ticket,
+                    attempt: self.attempt,
+                    epoch,
+                };
+                link.tell(&header, &message);
+            }
+            SenderEffect::Fence { epoch } => state.fence = Some(epoch),
+            SenderEffect::NextPath { failed } => {
+                state.queue.clear();
+                state.next_path = Some(failed);
+            }
+            SenderEffect::Rewrite => {
+                let grant = state.machine.grant();
+                let wanted = |kept: &Kept| grant.is_some_and(|grant| grant.destination(kept.ordinal).is_some());
+                let again = state.kept.iter().enumerate().filter(|(_, kept)| wanted(kept));
+                state.queue = again.map(|(at, _)| at).collect();
+                if state.queue.is_empty() {
+                    state.machine.handle(now, SenderEvent::Drained);
+                }
+            }
+            SenderEffect::ClosePath => state.close_path = true,
         }
     }
 
@@ -216,13 +291,9 @@ impl Sending {
         self.handle(SenderEvent::Reserve {
             context_tokens: self.context_tokens,
         });
-        self.wait(|state| match (state.machine.outcome(), state.machine.grant()) {
+        self.wait(|state| match (state.machine.outcome(), &state.granted) {
             (Some(outcome), _) => Some(Err(failure(outcome))),
-            (None, Some(grant)) => Some(Ok(Granted {
-                epoch: grant.epoch,
-                held: grant.held as usize,
-                wanted: grant.wanted.clone(),
-            })),
+            (None, Some(granted)) => Some(Ok(granted.clone())),
             (None, None) => None,
         })
         .await
@@ -234,11 +305,11 @@ impl Sending {
                 let (bytes, exposed, reserve_wait) = self.report(state);
                 Some(Ok(HandoverReport {
                     path,
-                    fallbacks: Vec::new(),
+                    fallbacks: state.machine.fallbacks().to_vec(),
                     bytes,
-                    busy: state.path.as_ref().map_or(Duration::ZERO, |path| path.busy()),
                     exposed,
                     reserve_wait,
+                    busy: state.busy_before + state.path.as_ref().map_or(Duration::ZERO, |path| path.busy()),
                 }))
             }
             (outcome, _) => Some(Err(failure(outcome))),
@@ -270,20 +341,24 @@ impl Sending {
     ) -> Result<(), TransferError> {
         let now = self.now();
         let mut state = self.lock();
-        let wanted = state.machine.push(now, ordinal, &layers);
-        if let Ok(Some(destination)) = wanted {
+        let pushed = state.machine.push(now, ordinal, &layers);
+        if let Ok(push @ (Push::Write(_) | Push::Keep)) = pushed {
             state.bytes += layers.len() as u64 * self.layer_bytes;
-            state.queue.push_back(Extent {
+            let at = state.kept.len();
+            state.kept.push(Kept {
                 ordinal,
                 layers,
                 source,
-                destination,
                 claim,
+                summed: false,
             });
+            if matches!(push, Push::Write(_)) {
+                state.queue.push_back(at);
+            }
         }
         // An error may have ended the attempt.
         self.settle(state, now);
-        wanted.map(drop)
+        pushed.map(drop)
     }
 
     /// The hand-over's task.
@@ -291,45 +366,23 @@ impl Sending {
         let Some(link) = self.link_up(&links).await else {
             return;
         };
-        if let Some(path) = self.path_up(&links).await {
-            self.drive(&*path).await;
-            let broken = matches!(
-                self.lock().machine.outcome(),
-                Some(Err(TransferError::PathFailed { .. }))
-            );
-            if broken {
-                path.close().await;
-            }
+        let mut work = Work::default();
+        self.open(&links, &mut work, Vec::new());
+        self.drive(&links, &mut work).await;
+        let close = self.lock().close_path;
+        if let (true, Some(path)) = (close, &work.path) {
+            path.close().await;
+        }
+        if let Some(closing) = work.closing {
+            closing.await;
         }
         link.deregister(&self);
     }
 
-    /// Opens a path, unless the hand-over ends before.
-    async fn path_up(&self, links: &Links) -> Option<Arc<SharedPath>> {
-        let opening = links.path(&self.peer, self.wish, &[]);
-        tokio::pin!(opening);
-        let opened = loop {
-            let (over, next_tick) = self.look();
-            if over {
-                return None;
-            }
-            tokio::select! {
-                opened = &mut opening => break opened,
-                () = self.wake.notified() => {}
-                () = self.clock.sleep_until(next_tick) => self.handle(SenderEvent::Tick),
-            }
-        };
-        match opened {
-            Ok(path) => {
-                self.lock().path = Some(Arc::clone(&path));
-                self.handle(SenderEvent::Connected { path: path.kind() });
-                Some(path)
-            }
-            Err(error) => {
-                self.handle(SenderEvent::ConnectFailed { error });
-                None
-            }
-        }
+    /// Opens a path that is none of these kinds.
+    fn open(self: &Arc<Self>, links: &Arc<Links>, work: &mut Work, excluding: Vec<PathKind>) {
+        let (this, links) = (Arc::clone(self), Arc::clone(links));
+        work.opening = Some(async move { links.path(&this.peer, this.wish, &excluding).await }.boxed());
     }
 
     /// Links up, unless the hand-over ends before.
@@ -375,81 +428,181 @@ impl Sending {
         (state.machine.is_over(), self.started + state.machine.next_tick())
     }
 
-    async fn drive(&self, path: &dyn Path) {
-        let mut working: Option<BoxFuture<'static, Done>> = None;
+    async fn drive(self: &Arc<Self>, links: &Arc<Links>, work: &mut Work) {
         loop {
             let (over, next_tick) = self.look();
             if over {
                 return;
             }
-            self.next_work(path, &mut working);
-            let work = async {
-                match working.as_mut() {
-                    Some(work) => work.await,
-                    None => std::future::pending().await,
-                }
-            };
+            self.next_work(links, work);
             tokio::select! {
-                done = work => {
-                    working = None;
+                done = optional(&mut work.writing) => {
+                    work.writing = None;
                     self.done(done);
                 }
+                opened = optional(&mut work.opening) => {
+                    work.opening = None;
+                    self.opened(opened, work);
+                }
+                () = optional(&mut work.closing) => work.closing = None,
                 () = self.wake.notified() => {}
                 () = self.clock.sleep_until(next_tick) => self.handle(SenderEvent::Tick),
             }
         }
     }
 
-    /// A fence goes before what is not yet in the wire's queue: dropping a write stops it.
-    fn next_work(&self, path: &dyn Path, working: &mut Option<BoxFuture<'static, Done>>) {
-        let mut state = self.lock();
-        if let Some(epoch) = state.fence.take() {
-            if !state.wrote {
-                drop(state);
-                *working = Some(async { Done::Fenced(0, Ok(())) }.boxed());
-                return;
+    fn opened(&self, opened: Result<Arc<SharedPath>, TransferError>, work: &mut Work) {
+        match opened {
+            Ok(path) => {
+                let kind = path.kind();
+                let before = self.lock().path.replace(Arc::clone(&path));
+                if let Some(before) = before {
+                    self.lock().busy_before += before.busy();
+                }
+                work.path = Some(path);
+                self.handle(SenderEvent::Connected { path: kind });
+                if let Some(fallback) = self.lock().machine.fallbacks().last() {
+                    let (from, to, reason) = (fallback.from, fallback.to, &fallback.reason);
+                    tracing::warn!(ticket = %self.ticket, %from, %to, reason, "hand-over goes on over another path");
+                }
             }
+            Err(error) => self.handle(SenderEvent::ConnectFailed { error }),
+        }
+    }
+
+    /// What goes first: leaving a path that broke, then a fence, which goes before what is not yet in the wire's queue
+    /// (dropping a write stops it), then a batch.
+    fn next_work(self: &Arc<Self>, links: &Arc<Links>, work: &mut Work) {
+        let mut state = self.lock();
+        if let Some(failed) = state.next_path.take() {
+            state.wrote = false;
+            drop(state);
+            work.writing = None;
+            if let Some(broken) = work.path.take() {
+                let before = work.closing.take();
+                let closing = async move {
+                    broken.close().await;
+                    if let Some(before) = before {
+                        before.await;
+                    }
+                };
+                work.closing = Some(closing.boxed());
+            }
+            return self.open(links, work, failed);
+        }
+        let Some(path) = &work.path else { return };
+        if let Some(epoch) = state.fence.take() {
+            let wrote = state.wrote;
             drop(state);
             let connections = path.connections();
-            *working = Some(
-                path.fence(epoch)
+            work.writing = Some(match wrote {
+                false => async { Done::Fenced(0, Ok(())) }.boxed(),
+                true => path
+                    .fence(epoch)
                     .map(move |sent| Done::Fenced(connections, sent))
                     .boxed(),
-            );
-        } else if working.is_none()
-            && !state.queue.is_empty()
-            && let Some(epoch) = state.machine.grant().map(|grant| grant.epoch)
-        {
-            state.wrote = true;
-            let count = state.queue.len().min(BATCH);
-            let extents: Vec<Extent> = state.queue.drain(..count).collect();
-            drop(state);
-            *working = Some(path.write(epoch, extents).map(Done::Written).boxed());
+            });
+        } else if work.writing.is_none() {
+            work.writing = self.batch(state, path);
         }
+    }
+
+    /// Takes what is next in the queue, and sums it where it was not yet.
+    fn batch(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        path: &Arc<SharedPath>,
+    ) -> Option<BoxFuture<'static, Done>> {
+        let epoch = state.machine.grant()?.epoch;
+        let (mut extents, mut unsummed, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while let Some(at) = state.queue.front().copied()
+            && extents.len() < BATCH
+            && (bytes < BATCH_BYTES || extents.is_empty())
+        {
+            state.queue.pop_front();
+            let kept = &state.kept[at];
+            let Some(destination) = state.machine.grant()?.destination(kept.ordinal) else {
+                continue;
+            };
+            let extent = Extent {
+                ordinal: kept.ordinal,
+                layers: kept.layers.clone(),
+                source: kept.source,
+                destination,
+                claim: SourceClaim::clone(&kept.claim),
+            };
+            bytes += kept.layers.len() as u64 * self.layer_bytes;
+            if self.digester.is_some() && !kept.summed {
+                unsummed.push((at, extent.clone()));
+            }
+            extents.push(extent);
+        }
+        if extents.is_empty() {
+            return None;
+        }
+        state.wrote = true;
+        drop(state);
+        let (this, path) = (Arc::clone(self), Arc::clone(path));
+        let writing = async move {
+            if let Err(error) = this.sum(unsummed).await {
+                return Done::Written(epoch, Err(error));
+            }
+            Done::Written(epoch, path.write(epoch, extents).await)
+        };
+        Some(writing.boxed())
+    }
+
+    async fn sum(&self, unsummed: Vec<(usize, Extent)>) -> Result<(), PathError> {
+        let Some(digester) = self.digester.as_ref().filter(|_| !unsummed.is_empty()) else {
+            return Ok(());
+        };
+        let sums = digester
+            .sums(unsummed.iter().map(|(_, extent)| extent.clone()).collect())
+            .await?;
+        for ((at, extent), sum) in unsummed.into_iter().zip(sums) {
+            if let Some(kept) = self.lock().kept.get_mut(at) {
+                kept.summed = true;
+            }
+            let layers = extent.layers.end - extent.layers.start;
+            self.handle(SenderEvent::Summed {
+                ordinal: extent.ordinal,
+                layers,
+                sum,
+            });
+        }
+        Ok(())
     }
 
     fn done(&self, done: Done) {
         match done {
-            Done::Written(Ok(())) => {
+            Done::Written(_, Ok(())) => {
                 if self.lock().queue.is_empty() {
                     self.handle(SenderEvent::Drained);
                 }
             }
-            Done::Written(Err(error)) => {
-                let path = self
-                    .lock()
-                    .machine
-                    .path()
-                    .map_or_else(String::new, |path| path.to_string());
-                let error = TransferError::PathFailed {
-                    path,
+            Done::Written(epoch, Err(error)) => {
+                let path = self.lock().machine.path();
+                let failed = TransferError::PathFailed {
+                    path: path.map_or_else(String::new, |path| path.to_string()),
                     reason: error.to_string(),
                 };
-                self.handle(SenderEvent::WriteFailed { error });
+                // What is wrong with the extents is wrong with them on every path.
+                self.handle(match error.is_retryable() {
+                    true => SenderEvent::WriteFailed { epoch, error: failed },
+                    false => SenderEvent::Abort { error: failed },
+                });
             }
             Done::Fenced(connections, Ok(())) => self.handle(SenderEvent::FenceSent { connections }),
             Done::Fenced(_, Err(_)) => self.handle(SenderEvent::FenceFailed),
         }
+    }
+}
+
+/// What the future gives; pending where there is none.
+async fn optional<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
     }
 }
 

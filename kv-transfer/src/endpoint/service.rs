@@ -1,6 +1,7 @@
 //! The endpoint: one per process. It owns the transports, the listener, both drivers and the task that watches the time.
 
 use super::accept::Acceptor;
+use super::digest::{Comparison, Digester};
 use super::landing::GrantBook;
 use super::link::{LinkParts, Links};
 use super::receiving::{Receiving, ReceivingParts};
@@ -10,7 +11,7 @@ use super::transports::start_transports;
 use super::{DestinationBlocks, ExpectSpec, Incoming, Outgoing, OutgoingSpec, TransferStats};
 use crate::session::{Limits, SenderEvent};
 use crate::transport::{Local, Transport};
-use crate::{EndpointOptions, ExpectError, Identity, Peer, StartError, TransferError};
+use crate::{EndpointOptions, ExpectError, Identity, PathKind, Peer, StartError, TransferError};
 use baton_node_runtime::{CancellationToken, Clock, Supervisor};
 use baton_types::{ArenaView, Epoch, Instance};
 use futures::future::join_all;
@@ -35,6 +36,7 @@ struct Service {
     receiving: Arc<Receiving>,
     links: Arc<Links>,
     counters: Arc<Counters>,
+    digester: Digester,
     clock: Clock,
     supervisor: Supervisor,
     tracker: TaskTracker,
@@ -126,8 +128,13 @@ impl Endpoint {
             stop: stop.clone(),
         });
         supervisor.spawn("transfer-accept", tracker.track_future(acceptor.run(listener)));
+        let digester = Digester {
+            arena,
+            supervisor: supervisor.clone(),
+        };
         let keeper = Keeper {
             receiving: Arc::clone(&receiving),
+            digester: digester.clone(),
             links: Arc::clone(&links),
             transports,
             clock,
@@ -145,6 +152,7 @@ impl Endpoint {
             receiving,
             links,
             counters,
+            digester,
             clock,
             supervisor,
             tracker,
@@ -176,6 +184,7 @@ impl Endpoint {
             geometry: service.identity.geometry,
             fence_timeout: service.options.fence_timeout,
             answer_timeout: service.options.progress_timeout,
+            digester: service.options.digest.then(|| service.digester.clone()),
             clock: service.clock,
             counters: Arc::clone(&service.counters),
         }));
@@ -231,6 +240,7 @@ fn limits(options: &EndpointOptions, arena: &ArenaView) -> Limits {
     Limits {
         layers: arena.geometry().layers,
         block_tokens: arena.geometry().block_tokens,
+        paths: options.transports.clone(),
         peer_blocks,
         lease: options.reservation_lease,
         fence_timeout: options.fence_timeout,
@@ -260,6 +270,7 @@ impl Drop for Counted {
 /// The task that watches the receiver's time, destroys connections for it, and ends everything at last.
 struct Keeper {
     receiving: Arc<Receiving>,
+    digester: Digester,
     links: Arc<Links>,
     transports: Vec<Arc<dyn Transport>>,
     clock: Clock,
@@ -274,9 +285,12 @@ struct Keeper {
 impl Keeper {
     async fn run(self) {
         loop {
-            let (condemned, next) = self.receiving.due();
-            for (instance, through) in condemned {
-                self.disconnect(instance, through);
+            let (errands, next) = self.receiving.due();
+            for (instance, path, through) in errands.disconnects {
+                self.disconnect(instance, path, through);
+            }
+            for comparison in errands.comparisons {
+                self.compare(comparison);
             }
             tokio::select! {
                 biased;
@@ -293,18 +307,32 @@ impl Keeper {
         self.receiving.nothing_writes();
     }
 
-    fn disconnect(&self, instance: Instance, through: Epoch) {
-        let (transports, receiving) = (self.transports.clone(), Arc::clone(&self.receiving));
+    /// One kind of path at a time: the proof of one never waits for another's.
+    fn disconnect(&self, instance: Instance, path: PathKind, through: Epoch) {
+        let receiving = Arc::clone(&self.receiving);
+        let transport = self
+            .transports
+            .iter()
+            .find(|transport| transport.path() == path)
+            .cloned();
         let disconnecting = async move {
-            join_all(
-                transports
-                    .iter()
-                    .map(|transport| transport.disconnect_instance(instance)),
-            )
-            .await;
-            receiving.disconnect_done(instance, through);
+            if let Some(transport) = transport {
+                transport.disconnect_instance(instance).await;
+            }
+            receiving.disconnect_done(instance, path, through);
         };
         self.supervisor
             .spawn("transfer-disconnect", self.tracker.track_future(disconnecting));
+    }
+
+    fn compare(&self, comparison: Comparison) {
+        let (digester, receiving) = (self.digester.clone(), Arc::clone(&self.receiving));
+        let comparing = async move {
+            let epoch = comparison.epoch;
+            let matches = digester.compare(comparison).await;
+            receiving.verified(epoch, matches);
+        };
+        self.supervisor
+            .spawn("transfer-compare", self.tracker.track_future(comparing));
     }
 }

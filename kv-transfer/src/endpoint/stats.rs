@@ -99,6 +99,11 @@ impl Counters {
         stats.sent_bytes += bytes;
     }
 
+    /// What arrived was not what was sent.
+    pub(super) fn digest_mismatch(&self) {
+        counter!("baton_transfer_digest_mismatch_total").increment(1);
+    }
+
     /// `direction`: "in" or "out". Without a path the attempt had none yet.
     pub(super) fn failed(&self, path: Option<PathKind>, direction: &'static str) {
         let name = path.map_or("none", PathKind::name);

@@ -41,9 +41,18 @@ impl Arrival {
         }
     }
 
+    pub(super) fn layers(&self) -> u32 {
+        self.layers
+    }
+
     /// Everything is in.
     pub(super) fn is_full(&self) -> bool {
         self.missing == 0
+    }
+
+    /// (ordinal, layer) pairs that are not in.
+    pub(super) fn missing(&self) -> u64 {
+        self.missing
     }
 
     /// Takes an extent that is on its way. Each pair can be on its way once: nobody else may write it then.
@@ -64,11 +73,28 @@ impl Arrival {
 
     /// An extent that was taken is in. Says whether its block is whole now.
     pub(super) fn land(&mut self, ordinal: u32, layers: &Range<u32>) -> bool {
-        let count = layers.end - layers.start;
-        self.missing -= u64::from(count);
         let lacking = &mut self.lacking[(ordinal - self.ordinals.start) as usize];
+        let mut count = layers.end - layers.start;
+        if planted!(DuplicateCounts) {
+            self.missing = self.missing.saturating_sub(u64::from(count - count.min(*lacking)));
+            count = count.min(*lacking);
+        }
+        self.missing -= u64::from(count).min(if planted!(DuplicateCounts) {
+            self.missing
+        } else {
+            u64::MAX
+        });
         *lacking -= count;
         *lacking == 0
+    }
+
+    /// Leading ordinals that are whole.
+    pub(super) fn leading(&self) -> u32 {
+        self.lacking
+            .iter()
+            .zip(0..)
+            .find_map(|(lacking, at)| (*lacking > 0).then_some(at))
+            .unwrap_or(self.ordinals.end - self.ordinals.start)
     }
 
     fn bit(&self, ordinal: u32, layer: u32) -> (usize, u64) {

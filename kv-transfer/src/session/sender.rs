@@ -1,15 +1,19 @@
 //! The sender's half of one hand-over.
 //!
-//! Life: connect, ask, be granted, push, complete, hear that it was committed. It ends once, in an [`Outcome`]; where that is
-//! a failure after a grant, the epoch is fenced: markers down every connection of the path, then `Fenced`. Where that cannot
-//! be done in time the link to the peer is broken, which proves as much to the receiver.
+//! Life: connect, ask, be granted, push, complete, hear that it was committed. Where the path breaks, it says so, connects by
+//! another kind of path and asks again, naming the epoch that broke: everything that the new grant wants is written again. It
+//! ends once, in an [`Outcome`]; where that is a failure under a grant, the epoch is fenced: markers down every connection of
+//! the path, then `Fenced`. Where that cannot be done in time the path is closed and the receiver told, which has what is left
+//! of it destroyed.
 //!
-//! Invariants: nothing is written before the grant, outside the wanted ordinals, or twice; nothing is written after the
-//! outcome; `Fenced` is said only when the markers are in the wire.
+//! Invariants: nothing is written before the grant, outside the wanted ordinals, or twice under one epoch; nothing is written
+//! under an epoch that broke, or after the outcome; `Fenced` is said only when the markers are in the wire; a kind of path
+//! that broke is not taken again by the same hand-over.
 
 use super::arrival::{Arrival, Misfit};
+use super::digest::Sums;
 use super::message::{ToReceiver, ToSender};
-use crate::{PathKind, TransferError};
+use crate::{Fallback, PathKind, TransferError};
 use baton_types::{BlockId, Epoch};
 use bytes::Bytes;
 use std::ops::Range;
@@ -26,6 +30,8 @@ pub(crate) struct SenderLimits {
     pub fence_timeout: Duration,
     /// Time for the receiver's answer, once everything was handed to the wire.
     pub answer_timeout: Duration,
+    /// The receiver is told a digest of what was written.
+    pub digest: bool,
 }
 
 /// What the receiver granted.
@@ -33,10 +39,30 @@ pub(crate) struct SenderLimits {
 pub(crate) struct Grant {
     pub epoch: Epoch,
     pub held: u32,
+    pub digest_from: u32,
     pub wanted: Range<u32>,
     /// The receiver's blocks of the wanted ordinals, in order.
     pub destinations: Vec<BlockId>,
     pub lease: Duration,
+}
+
+impl Grant {
+    /// Where an ordinal is to be written, if it is wanted.
+    pub(crate) fn destination(&self, ordinal: u32) -> Option<BlockId> {
+        let at = ordinal.checked_sub(self.wanted.start)?;
+        self.destinations.get(at as usize).copied()
+    }
+}
+
+/// What becomes of an extent that was pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Push {
+    /// It is written there now.
+    Write(BlockId),
+    /// It is kept, should a later grant want it.
+    Keep,
+    /// The receiver had it from the first.
+    Drop,
 }
 
 /// How it ended.
@@ -59,8 +85,10 @@ pub(crate) enum SenderEvent {
     Message { epoch: Option<Epoch>, message: ToSender },
     /// Everything that was pushed is in the wire.
     Drained,
-    /// A write failed.
-    WriteFailed { error: TransferError },
+    /// A write under that epoch failed.
+    WriteFailed { epoch: Epoch, error: TransferError },
+    /// So many layers of a block were summed, just before they are written.
+    Summed { ordinal: u32, layers: u32, sum: u64 },
     /// The markers are in the wire of so many connections.
     FenceSent { connections: u32 },
     /// They cannot get there.
@@ -78,8 +106,12 @@ pub(crate) enum SenderEffect {
     Send { epoch: Option<Epoch>, message: ToReceiver },
     /// Send the markers, behind what is being written, and answer.
     Fence { epoch: Epoch },
-    /// Break the link: the receiver destroys what is left of it.
-    BreakLink,
+    /// Stop writing, close the path, and connect by a kind that is none of these.
+    NextPath { failed: Vec<PathKind> },
+    /// Under the new grant: write everything that was pushed and that it wants, then `Drained`.
+    Rewrite,
+    /// Close the path: it is of no use.
+    ClosePath,
 }
 
 #[derive(Debug)]
@@ -93,12 +125,25 @@ enum Fencing {
 #[derive(Debug)]
 pub(crate) struct Sender {
     limits: SenderLimits,
+    /// None while there is none, or none any more.
     path: Option<PathKind>,
+    /// Kinds of path that broke, and how the last one did.
+    failed: Vec<PathKind>,
+    broke: Option<TransferError>,
+    fallbacks: Vec<Fallback>,
     /// Tokens that were asked blocks for.
     wants: Option<u64>,
+    /// On this path.
     asked: bool,
     grant: Option<Grant>,
+    /// The last epoch whose path broke.
+    broken: Option<Epoch>,
+    /// What the first grant wanted: the role pushes these.
+    wanted: Range<u32>,
     pushed: Option<Arrival>,
+    sums: Sums,
+    payload: Option<Bytes>,
+    /// `Complete` was said under this grant.
     completed: bool,
     drained: bool,
     /// When the receiver's answer is due.
@@ -112,12 +157,19 @@ pub(crate) struct Sender {
 impl Sender {
     pub(crate) fn new(limits: SenderLimits) -> Self {
         Self {
+            sums: Sums::new(0..0, limits.layers),
             limits,
             path: None,
+            failed: Vec::new(),
+            broke: None,
+            fallbacks: Vec::new(),
             wants: None,
             asked: false,
             grant: None,
+            broken: None,
+            wanted: 0..0,
             pushed: None,
+            payload: None,
             completed: false,
             drained: true,
             answer_until: None,
@@ -132,8 +184,13 @@ impl Sender {
         self.grant.as_ref()
     }
 
+    /// The path that it uses, or the last one.
     pub(crate) fn path(&self) -> Option<PathKind> {
-        self.path
+        self.path.or(self.failed.last().copied())
+    }
+
+    pub(crate) fn fallbacks(&self) -> &[Fallback] {
+        &self.fallbacks
     }
 
     pub(crate) fn outcome(&self) -> Option<&Outcome> {
@@ -163,7 +220,7 @@ impl Sender {
     /// When the lease is to be renewed: four times in its length, while this side computes. Not while something waits for the
     /// wire: then it is the transfer that makes no progress, and the lease may run out.
     fn renewal(&self) -> Option<Duration> {
-        let grant = self.grant.as_ref().filter(|_| self.drained && !self.completed)?;
+        let grant = self.grant.as_ref().filter(|_| self.drained && self.payload.is_none())?;
         Some(self.renewed.saturating_add(grant.lease / 4))
     }
 
@@ -171,32 +228,33 @@ impl Sender {
         std::mem::take(&mut self.effects)
     }
 
-    /// Where an extent is to be written; nowhere, where the receiver does not want it.
+    /// What becomes of an extent.
     ///
     /// # Errors
     /// Before the grant, after the end, after `Complete`, outside the context, or pushed before: the last three end the attempt.
-    pub(crate) fn push(
-        &mut self,
-        now: Duration,
-        ordinal: u32,
-        layers: &Range<u32>,
-    ) -> Result<Option<BlockId>, TransferError> {
+    pub(crate) fn push(&mut self, now: Duration, ordinal: u32, layers: &Range<u32>) -> Result<Push, TransferError> {
         if let Some(outcome) = &self.outcome {
             return Err(outcome.clone().err().unwrap_or(TransferError::AlreadyCommitted));
         }
         let protocol = |reason: String| TransferError::Protocol { reason };
-        let (Some(grant), Some(pushed)) = (&self.grant, &mut self.pushed) else {
+        let Some(pushed) = &mut self.pushed else {
             return Err(protocol("pushed before the grant".to_owned()));
         };
-        if ordinal < grant.held {
-            return Ok(None);
+        if ordinal < self.wanted.start {
+            return Ok(Push::Drop);
         }
         let error = match pushed.take(ordinal, layers) {
             Ok(()) => {
                 pushed.land(ordinal, layers);
-                self.drained = false;
-                self.answer_until = None;
-                return Ok(Some(grant.destinations[(ordinal - grant.held) as usize]));
+                let destination = self.grant.as_ref().and_then(|grant| grant.destination(ordinal));
+                return Ok(match destination {
+                    None => Push::Keep,
+                    Some(destination) => {
+                        self.drained = false;
+                        self.answer_until = None;
+                        Push::Write(destination)
+                    }
+                });
             }
             Err(Misfit::Outside) => protocol(format!("layers {layers:?} of block {ordinal} are not wanted")),
             Err(Misfit::Duplicate | Misfit::Overlap) => {
@@ -210,21 +268,31 @@ impl Sender {
     /// Takes an event. Effects are collected by [`Self::take_effects`].
     pub(crate) fn handle(&mut self, now: Duration, event: SenderEvent) {
         match event {
-            SenderEvent::Connected { path } => {
-                self.path = Some(path);
-                self.ask(now);
-            }
+            SenderEvent::Connected { path } => self.connected(now, path),
             SenderEvent::Reserve { context_tokens } => {
                 self.wants.get_or_insert(context_tokens);
                 self.ask(now);
             }
             SenderEvent::Complete { payload } => self.complete(now, payload),
-            SenderEvent::Abort { error } | SenderEvent::WriteFailed { error } => self.fail(now, error, true),
-            SenderEvent::ConnectFailed { error } => self.fail(now, error, false),
+            SenderEvent::Abort { error } => self.fail(now, error, true),
+            SenderEvent::WriteFailed { epoch, error } => {
+                if self.grant.as_ref().is_some_and(|grant| grant.epoch == epoch) {
+                    self.path_broke(error);
+                }
+            }
+            // Why there was a need for another path says more than that there is none.
+            SenderEvent::ConnectFailed { error } => {
+                let error = self.broke.clone().unwrap_or(error);
+                self.fail(now, error, true);
+            }
             SenderEvent::Message { epoch, message } => self.message(now, epoch, message),
             SenderEvent::Drained => {
                 self.drained = true;
                 self.await_answer(now);
+            }
+            SenderEvent::Summed { ordinal, layers, sum } => {
+                self.sums.add(ordinal, layers, sum);
+                self.say_complete(now);
             }
             SenderEvent::FenceSent { connections } => {
                 if let (Fencing::Until(_), Some(grant)) = (&self.fencing, &self.grant) {
@@ -233,7 +301,7 @@ impl Sender {
                     self.fencing = Fencing::Over;
                 }
             }
-            SenderEvent::FenceFailed => self.break_link(),
+            SenderEvent::FenceFailed => self.give_up_fencing("it takes no markers"),
             SenderEvent::LinkLost { error } => {
                 self.fail(now, error, false);
                 self.fencing = Fencing::Over;
@@ -241,6 +309,18 @@ impl Sender {
             }
             SenderEvent::Tick => self.tick(now),
         }
+    }
+
+    fn connected(&mut self, now: Duration, path: PathKind) {
+        if self.outcome.is_some() || self.path.is_some() {
+            return;
+        }
+        self.path = Some(path);
+        if let (Some(from), Some(error)) = (self.failed.last(), &self.broke) {
+            let (from, to, reason) = (*from, path, error.to_string());
+            self.fallbacks.push(Fallback { from, to, reason });
+        }
+        self.ask(now);
     }
 
     fn ask(&mut self, now: Duration) {
@@ -257,14 +337,37 @@ impl Sender {
             path,
             budget,
         };
-        self.effects.push(SenderEffect::Send { epoch: None, message });
+        let epoch = self.broken;
+        self.effects.push(SenderEffect::Send { epoch, message });
+    }
+
+    /// Goes on over another path, if the driver finds one.
+    fn path_broke(&mut self, error: TransferError) {
+        let Some(path) = self.path.take().filter(|_| self.outcome.is_none()) else {
+            return;
+        };
+        if let Some(grant) = self.grant.take() {
+            self.broken = Some(grant.epoch);
+            let (epoch, error) = (Some(grant.epoch), error.clone());
+            self.effects.push(SenderEffect::Send {
+                epoch,
+                message: ToReceiver::PathBroken { error },
+            });
+        }
+        self.failed.push(path);
+        self.broke = Some(error);
+        (self.asked, self.completed, self.drained) = (false, false, true);
+        self.answer_until = None;
+        self.effects.push(SenderEffect::NextPath {
+            failed: self.failed.clone(),
+        });
     }
 
     fn complete(&mut self, now: Duration, payload: Bytes) {
-        if self.outcome.is_some() || self.completed {
+        if self.outcome.is_some() || self.payload.is_some() {
             return;
         }
-        let (Some(grant), Some(pushed)) = (&self.grant, &self.pushed) else {
+        let Some(pushed) = &self.pushed else {
             let reason = "completed before the grant".to_owned();
             return self.fail(now, TransferError::Protocol { reason }, true);
         };
@@ -272,13 +375,31 @@ impl Sender {
             let reason = "completed before everything was pushed".to_owned();
             return self.fail(now, TransferError::Protocol { reason }, true);
         }
-        let (epoch, message) = (
-            Some(grant.epoch),
-            ToReceiver::Complete {
-                blocks: grant.wanted.clone(),
-                payload,
+        self.payload = Some(payload);
+        self.say_complete(now);
+    }
+
+    /// Under each grant once, when everything is known that is to be said.
+    fn say_complete(&mut self, now: Duration) {
+        let (Some(payload), Some(grant)) = (&self.payload, &self.grant) else {
+            return;
+        };
+        if self.completed || self.outcome.is_some() {
+            return;
+        }
+        let digest = match self.limits.digest {
+            false => None,
+            true => match self.sums.of(grant.digest_from..grant.wanted.end) {
+                None => return,
+                some => some,
             },
-        );
+        };
+        let message = ToReceiver::Complete {
+            blocks: grant.wanted.clone(),
+            payload: payload.clone(),
+            digest,
+        };
+        let epoch = Some(grant.epoch);
         self.effects.push(SenderEffect::Send { epoch, message });
         self.completed = true;
         self.await_answer(now);
@@ -293,17 +414,20 @@ impl Sender {
 
     fn message(&mut self, now: Duration, epoch: Option<Epoch>, message: ToSender) {
         let current = self.grant.as_ref().map(|grant| grant.epoch);
+        let about_current = epoch.is_some() && epoch == current;
         match message {
             ToSender::Grant {
                 held,
+                digest_from,
                 wanted,
                 destinations,
                 lease,
             } => match epoch {
-                Some(epoch) if current.is_none() => {
+                Some(epoch) if current.is_none() && Some(epoch) > self.broken => {
                     let grant = Grant {
                         epoch,
                         held,
+                        digest_from,
                         wanted,
                         destinations,
                         lease,
@@ -312,10 +436,17 @@ impl Sender {
                 }
                 Some(_) | None => {}
             },
-            ToSender::Refused { error } if current.is_none() => self.fail(now, error, false),
-            ToSender::Fence { error } if epoch.is_some() && epoch == current => self.fail(now, error, false),
-            ToSender::Committed if epoch.is_some() && epoch == current && self.completed => {
-                if self.outcome.is_none() {
+            ToSender::Refused { error } if current.is_none() => match error {
+                TransferError::PathFailed { .. } if self.asked => self.path_broke(error),
+                error => self.fail(now, error, false),
+            },
+            ToSender::Fence { error } if about_current => match error {
+                TransferError::PathFailed { .. } if self.outcome.is_none() => self.path_broke(error),
+                error => self.fail(now, error, false),
+            },
+            // It may have had everything when the path broke.
+            ToSender::Committed if epoch.is_some() && (epoch == current || epoch == self.broken) => {
+                if self.outcome.is_none() && self.payload.is_some() {
                     self.outcome = Some(Ok(()));
                 }
             }
@@ -335,15 +466,34 @@ impl Sender {
             return;
         }
         let wanted = grant.wanted.clone();
-        let sound =
-            wanted.start == grant.held && wanted.start <= wanted.end && wanted.len() == grant.destinations.len();
-        self.pushed = Some(Arrival::new(if sound { wanted } else { 0..0 }, self.limits.layers));
+        let sound = wanted.start == grant.held
+            && wanted.start <= wanted.end
+            && grant.digest_from <= wanted.start
+            && wanted.len() == grant.destinations.len();
+        let first = self.pushed.is_none();
+        if first {
+            self.wanted = if sound { wanted.clone() } else { 0..0 };
+            self.pushed = Some(Arrival::new(self.wanted.clone(), self.limits.layers));
+            self.sums = Sums::new(self.wanted.clone(), self.limits.layers);
+        }
+        let sound = sound && wanted.end == self.wanted.end;
+        let lost = grant.digest_from < self.wanted.start;
         self.renewed = now;
         self.grant = Some(grant);
         if !sound {
             let reason = "the grant contradicts itself".to_owned();
-            self.fail(now, TransferError::Protocol { reason }, true);
+            return self.fail(now, TransferError::Protocol { reason }, true);
         }
+        if lost {
+            // What it held at first was not pushed, and it does not hold it any more.
+            let reason = "the receiver wants blocks that it held before".to_owned();
+            return self.fail(now, TransferError::Aborted { reason }, true);
+        }
+        if !first {
+            self.drained = false;
+            self.effects.push(SenderEffect::Rewrite);
+        }
+        self.say_complete(now);
     }
 
     /// Ends the attempt. With a grant, its epoch is fenced; where `tell`, the receiver hears why.
@@ -351,31 +501,41 @@ impl Sender {
         if self.outcome.is_some() {
             return;
         }
-        let epoch = self.grant.as_ref().map(|grant| grant.epoch);
-        if tell && self.asked {
+        let granted = self.grant.as_ref().map(|grant| grant.epoch);
+        if tell && (self.asked || !self.failed.is_empty()) {
             self.effects.push(SenderEffect::Send {
-                epoch,
+                epoch: granted.or(self.broken),
                 message: ToReceiver::Abort { error: error.clone() },
             });
         }
-        if let Some(epoch) = epoch {
+        if let Some(epoch) = granted {
             self.fencing = Fencing::Until(now.saturating_add(self.limits.fence_timeout));
             self.effects.push(SenderEffect::Fence { epoch });
         }
         self.outcome = Some(Err(error));
     }
 
-    fn break_link(&mut self) {
-        if matches!(self.fencing, Fencing::Until(_)) {
-            self.fencing = Fencing::Over;
-            self.effects.push(SenderEffect::BreakLink);
-        }
+    /// The receiver gets its proof by destroying what is left of the path.
+    fn give_up_fencing(&mut self, reason: &str) {
+        let (Fencing::Until(_), Some(grant), Some(path)) = (&self.fencing, &self.grant, self.path) else {
+            return;
+        };
+        let error = TransferError::PathFailed {
+            path: path.to_string(),
+            reason: reason.to_owned(),
+        };
+        self.effects.push(SenderEffect::Send {
+            epoch: Some(grant.epoch),
+            message: ToReceiver::PathBroken { error },
+        });
+        self.effects.push(SenderEffect::ClosePath);
+        self.fencing = Fencing::Over;
     }
 
     fn tick(&mut self, now: Duration) {
         if let Fencing::Until(at) = self.fencing {
             if at <= now {
-                self.break_link();
+                self.give_up_fencing("the markers did not reach the wire in time");
             }
         } else if self.outcome.is_none() {
             if self.limits.deadline <= now {
@@ -396,254 +556,5 @@ impl Sender {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn sender() -> Sender {
-        Sender::new(SenderLimits {
-            layers: 2,
-            deadline: 60 * SECOND,
-            fence_timeout: 2 * SECOND,
-            answer_timeout: 10 * SECOND,
-        })
-    }
-
-    fn sends(sender: &mut Sender) -> Vec<ToReceiver> {
-        let take = |effect| match effect {
-            SenderEffect::Send { message, .. } => Some(message),
-            SenderEffect::Fence { .. } | SenderEffect::BreakLink => None,
-        };
-        sender.take_effects().into_iter().filter_map(take).collect()
-    }
-
-    fn grant(epoch: u64, wanted: Range<u32>) -> SenderEvent {
-        let destinations = wanted.clone().map(baton_types::BlockId).collect();
-        let message = ToSender::Grant {
-            held: wanted.start,
-            wanted,
-            destinations,
-            lease: 10 * SECOND,
-        };
-        SenderEvent::Message {
-            epoch: Some(Epoch(epoch)),
-            message,
-        }
-    }
-
-    fn say(epoch: u64, message: ToSender) -> SenderEvent {
-        SenderEvent::Message {
-            epoch: Some(Epoch(epoch)),
-            message,
-        }
-    }
-
-    fn granted(wanted: Range<u32>) -> Sender {
-        let mut sender = sender();
-        sender.handle(SECOND, SenderEvent::Reserve { context_tokens: 40 });
-        assert!(
-            sender.take_effects().is_empty(),
-            "nothing can be said before there is a connection"
-        );
-        sender.handle(2 * SECOND, SenderEvent::Connected { path: PathKind::Tcp });
-        let reserve = ToReceiver::Reserve {
-            context_tokens: 40,
-            path: PathKind::Tcp,
-            budget: 58 * SECOND,
-        };
-        assert_eq!(sends(&mut sender), [reserve]);
-        sender.handle(3 * SECOND, grant(7, wanted));
-        sender
-    }
-
-    #[test]
-    fn the_normal_path() {
-        let mut sender = granted(1..3);
-        let now = 4 * SECOND;
-        assert_eq!(sender.push(now, 0, &(0..2)), Ok(None), "the receiver holds it");
-        assert_eq!(sender.push(now, 1, &(0..2)), Ok(Some(BlockId(1))));
-        assert_eq!(sender.push(now, 2, &(0..1)), Ok(Some(BlockId(2))));
-        assert_eq!(sender.push(now, 2, &(1..2)), Ok(Some(BlockId(2))));
-        sender.handle(
-            now,
-            SenderEvent::Complete {
-                payload: Bytes::from_static(b"x"),
-            },
-        );
-        assert_eq!(
-            sends(&mut sender),
-            [ToReceiver::Complete {
-                blocks: 1..3,
-                payload: Bytes::from_static(b"x")
-            }]
-        );
-        assert_eq!(sender.next_tick(), 60 * SECOND);
-        sender.handle(now, SenderEvent::Drained);
-        assert_eq!(sender.next_tick(), 14 * SECOND);
-        sender.handle(now, say(6, ToSender::Committed));
-        assert_eq!(sender.outcome(), None, "another epoch was committed, not this one");
-        sender.handle(now, say(7, ToSender::Committed));
-        assert_eq!(sender.outcome(), Some(&Ok(())));
-        assert!(sender.is_over());
-        assert!(sender.take_effects().is_empty());
-    }
-
-    #[test]
-    fn nothing_is_pushed_before_the_grant_or_twice() {
-        let mut early = sender();
-        assert!(matches!(
-            early.push(SECOND, 0, &(0..1)),
-            Err(TransferError::Protocol { .. })
-        ));
-        assert_eq!(early.outcome(), None);
-        for (ordinal, layers) in [(1, 0..2), (3, 0..2), (2, 1..3), (2, 1..1)] {
-            let mut sender = granted(1..3);
-            assert_eq!(sender.push(SECOND, 1, &(0..1)), Ok(Some(BlockId(1))));
-            assert!(sender.push(SECOND, ordinal, &layers).is_err(), "{ordinal} {layers:?}");
-            assert!(matches!(sender.outcome(), Some(Err(TransferError::Protocol { .. }))));
-        }
-    }
-
-    #[test]
-    fn completing_too_early_fails() {
-        let mut sender = granted(1..3);
-        assert_eq!(sender.push(SECOND, 1, &(0..2)), Ok(Some(BlockId(1))));
-        sender.handle(SECOND, SenderEvent::Complete { payload: Bytes::new() });
-        assert!(matches!(sender.outcome(), Some(Err(TransferError::Protocol { .. }))));
-        assert!(!sender.is_over(), "the epoch is to be fenced");
-    }
-
-    #[test]
-    fn a_failure_after_the_grant_is_fenced() {
-        let mut sender = granted(0..1);
-        let error = TransferError::Aborted { reason: "test".into() };
-        sender.handle(5 * SECOND, SenderEvent::Abort { error: error.clone() });
-        let epoch = Epoch(7);
-        assert_eq!(
-            sender.take_effects(),
-            [
-                SenderEffect::Send {
-                    epoch: Some(epoch),
-                    message: ToReceiver::Abort { error: error.clone() }
-                },
-                SenderEffect::Fence { epoch }
-            ]
-        );
-        sender.handle(
-            5 * SECOND,
-            say(
-                7,
-                ToSender::Fence {
-                    error: TransferError::Fenced,
-                },
-            ),
-        );
-        assert!(sender.take_effects().is_empty(), "it is being fenced already");
-        assert_eq!(sender.push(SECOND, 0, &(0..1)), Err(error));
-        sender.handle(5 * SECOND, SenderEvent::FenceSent { connections: 2 });
-        assert_eq!(sends(&mut sender), [ToReceiver::Fenced { connections: 2 }]);
-        assert!(sender.is_over());
-    }
-
-    #[test]
-    fn a_fence_that_cannot_be_sent_breaks_the_link() {
-        for event in [SenderEvent::FenceFailed, SenderEvent::Tick] {
-            let mut sender = granted(0..1);
-            sender.handle(
-                5 * SECOND,
-                say(
-                    7,
-                    ToSender::Fence {
-                        error: TransferError::LeaseExpired,
-                    },
-                ),
-            );
-            assert_eq!(sender.take_effects(), [SenderEffect::Fence { epoch: Epoch(7) }]);
-            assert_eq!(sender.next_tick(), 7 * SECOND);
-            sender.handle(7 * SECOND, event);
-            assert_eq!(sender.take_effects(), [SenderEffect::BreakLink]);
-            assert!(sender.is_over());
-            assert_eq!(sender.outcome(), Some(&Err(TransferError::LeaseExpired)));
-        }
-    }
-
-    #[test]
-    fn a_grant_that_comes_too_late_is_given_back() {
-        let mut sender = sender();
-        sender.handle(SECOND, SenderEvent::Connected { path: PathKind::Tcp });
-        sender.handle(SECOND, SenderEvent::Reserve { context_tokens: 40 });
-        sender.handle(
-            SECOND,
-            SenderEvent::Abort {
-                error: TransferError::Deadline,
-            },
-        );
-        assert!(sender.is_over(), "without a grant there is nothing to fence");
-        sender.take_effects();
-        sender.handle(SECOND, grant(7, 0..2));
-        assert_eq!(sends(&mut sender), [ToReceiver::Fenced { connections: 0 }]);
-    }
-
-    #[test]
-    fn no_answer_ends_in_a_failure() {
-        let mut sender = granted(0..0);
-        sender.handle(5 * SECOND, SenderEvent::Complete { payload: Bytes::new() });
-        assert_eq!(sender.next_tick(), 15 * SECOND, "there was nothing to write");
-        sender.handle(15 * SECOND, SenderEvent::Tick);
-        assert!(matches!(sender.outcome(), Some(Err(TransferError::PeerGone { .. }))));
-
-        let mut sender = granted(0..1);
-        sender.handle(60 * SECOND, SenderEvent::Tick);
-        assert_eq!(sender.outcome(), Some(&Err(TransferError::Deadline)));
-    }
-
-    #[test]
-    fn a_lost_link_needs_no_fence() {
-        let mut sender = granted(0..1);
-        let error = TransferError::PeerGone { reason: "test".into() };
-        sender.handle(5 * SECOND, SenderEvent::LinkLost { error: error.clone() });
-        assert_eq!(sender.outcome(), Some(&Err(error)));
-        assert!(sender.is_over());
-        assert!(sender.take_effects().is_empty());
-    }
-
-    #[test]
-    fn the_lease_is_renewed_while_this_side_computes() {
-        let mut sender = granted(0..1);
-        sender.take_effects();
-        for renewal in 1..5 {
-            let due = 3 * SECOND + renewal * 5 * SECOND / 2;
-            assert_eq!(sender.next_tick(), due);
-            sender.handle(due, SenderEvent::Tick);
-            assert_eq!(sends(&mut sender), [ToReceiver::Renew]);
-        }
-        assert_eq!(sender.push(14 * SECOND, 0, &(0..2)), Ok(Some(BlockId(0))));
-        assert_eq!(
-            sender.next_tick(),
-            60 * SECOND,
-            "what waits for the wire renews nothing"
-        );
-        sender.handle(20 * SECOND, SenderEvent::Tick);
-        assert_eq!(sends(&mut sender), []);
-        sender.handle(21 * SECOND, SenderEvent::Drained);
-        sender.handle(21 * SECOND, SenderEvent::Tick);
-        assert_eq!(sends(&mut sender), [ToReceiver::Renew]);
-    }
-
-    #[test]
-    fn a_grant_that_contradicts_itself_is_refused() {
-        let mut sender = sender();
-        sender.handle(SECOND, SenderEvent::Connected { path: PathKind::Tcp });
-        sender.handle(SECOND, SenderEvent::Reserve { context_tokens: 40 });
-        let message = ToSender::Grant {
-            held: 0,
-            wanted: 1..3,
-            destinations: Vec::new(),
-            lease: SECOND,
-        };
-        sender.handle(SECOND, say(9, message));
-        assert!(matches!(sender.outcome(), Some(Err(TransferError::Protocol { .. }))));
-        assert!(!sender.is_over(), "the receiver has set blocks aside");
-    }
-}
+#[path = "sender_tests.rs"]
+mod tests;

@@ -20,5 +20,6 @@ pub use contract::{
 };
 pub use local::Local;
 pub use memory::{MemoryNetwork, MemoryOptions, MemoryTransport, NameTaken};
+pub(crate) use raw::Still;
 pub use shm::{ShmOptions, ShmTransport};
 pub use tcp::{TcpOptions, TcpTransport};

@@ -270,6 +270,71 @@ fn message(parts: &[libc::iovec]) -> libc::msghdr {
     message
 }
 
+/// Layers of one block that nobody writes while this lives.
+pub(crate) struct Still {
+    start: NonNull<u8>,
+    layers: usize,
+    layer_bytes: usize,
+    _claim: Option<SourceClaim>,
+    _arena: ArenaView,
+}
+
+// SAFETY: an address that stays valid while `_arena` lives, and that is only read; the claim is Send.
+unsafe impl Send for Still {}
+
+impl Still {
+    /// An extent that is to be sent: its claim keeps it as it is.
+    ///
+    /// # Errors
+    /// Outside the arena or the geometry.
+    pub(crate) fn source(arena: &ArenaView, extent: &Extent) -> Result<Self, PathError> {
+        let of = arena.geometry().layers;
+        if extent.layers.is_empty() || extent.layers.end > of {
+            let (ordinal, layers) = (extent.ordinal, extent.layers.clone());
+            return Err(PathError::NoSuchLayers { ordinal, layers, of });
+        }
+        let claim = SourceClaim::clone(&extent.claim);
+        Ok(Self::new(arena, extent.source, &extent.layers, Some(claim))?)
+    }
+
+    /// A block that arrived whole, under a grant whose book of claims holds it until the comparison is answered.
+    ///
+    /// # Errors
+    /// Outside the arena.
+    pub(crate) fn arrived(arena: &ArenaView, block: baton_types::BlockId) -> Result<Self, baton_types::OutOfArena> {
+        Self::new(arena, block, &(0..arena.geometry().layers), None)
+    }
+
+    fn new(
+        arena: &ArenaView,
+        block: baton_types::BlockId,
+        layers: &std::ops::Range<u32>,
+        claim: Option<SourceClaim>,
+    ) -> Result<Self, baton_types::OutOfArena> {
+        let layer_bytes = arena.geometry().layer_bytes();
+        let (first, layers) = (layers.start as usize, layers.len());
+        Ok(Self {
+            start: arena.block_ptr(block, first * layer_bytes, layers * layer_bytes)?,
+            layers,
+            layer_bytes,
+            _claim: claim,
+            _arena: arena.clone(),
+        })
+    }
+
+    /// CRC-64/NVME of each layer.
+    pub(crate) fn layer_crcs(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..self.layers).map(|layer| {
+            // SAFETY: `new` checked that so many layers lie in the arena, which lives; they are initialised; and who made
+            // `self` keeps everyone of this process from writing them while it lives.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(self.start.as_ptr().add(layer * self.layer_bytes), self.layer_bytes)
+            };
+            crc_fast::checksum(CrcAlgorithm::Crc64Nvme, bytes)
+        })
+    }
+}
+
 /// A whole block as it stands now.
 #[cfg(any(test, fuzzing))]
 pub(super) fn peek(arena: &ArenaView, block: baton_types::BlockId) -> Vec<u8> {

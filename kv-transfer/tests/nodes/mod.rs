@@ -252,6 +252,7 @@ pub fn identity(geometry: KvGeometry) -> Identity {
 pub fn options(path: PathKind) -> EndpointOptions {
     EndpointOptions {
         transports: vec![path],
+        digest: true,
         reservation_lease: Duration::from_millis(400),
         fence_timeout: Duration::from_millis(300),
         progress_timeout: 5 * SECOND,

@@ -3,10 +3,10 @@
 //! Order: by deadline, but an ask that has waited `ageing` goes before all that came later. The first that does not fit
 //! holds up those behind it (all or nothing, and nobody starves); one that is over its writer's share is passed over.
 
-use super::epochs::EpochState;
+use super::epochs::{EpochState, NewEpoch};
 use super::{Effect, Expected, Receiver, Stage};
 use crate::session::message::{Header, ToSender};
-use crate::{PathKind, TransferError};
+use crate::{Fallback, PathKind, TransferError};
 use baton_types::{BlockId, Epoch, Instance, Ticket};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,6 +18,8 @@ pub(super) struct Pending {
     pub(super) path: PathKind,
     /// When it is refused.
     pub(super) until: Duration,
+    /// The epoch that broke before, if it goes on.
+    pub(super) resumes: Option<Epoch>,
     key: (Duration, u64),
 }
 
@@ -37,14 +39,6 @@ impl Asks {
 
     pub(super) fn remove(&mut self, pending: &Pending) {
         self.queue.remove(&pending.key);
-    }
-
-    pub(super) fn of(&self, instance: Instance) -> Vec<Ticket> {
-        self.queue
-            .values()
-            .filter(|(from, _)| *from == instance)
-            .map(|(_, ticket)| *ticket)
-            .collect()
     }
 
     /// The first in the queue does not fit: all wait.
@@ -75,40 +69,69 @@ impl Receiver {
         if header.attempt < expected.attempt {
             return self.send(from, header, refused(TransferError::Fenced));
         }
+        let by_another = || {
+            let reason = "another process makes this attempt".to_owned();
+            refused(TransferError::Protocol { reason })
+        };
         match &expected.stage {
             Stage::Failed(error) => {
                 let error = error.clone();
-                self.send(from, header, refused(error));
+                return self.send(from, header, refused(error));
             }
-            Stage::Asking(pending) if pending.from == from => {}
+            Stage::Asking(pending) | Stage::Awaiting(pending) if pending.from == from => return,
             Stage::Granted(epoch) if self.epochs.get(epoch).is_some_and(|state| state.writer() == from) => {
-                self.grant(*epoch);
+                let epoch = *epoch;
+                if header.epoch != Some(epoch) {
+                    return self.grant(epoch);
+                }
+                // It says by this that the path broke.
+                let (path, reason) = (path.to_string(), "its writer went on over another".to_owned());
+                self.break_epoch(now, epoch, &TransferError::PathFailed { path, reason }, false);
             }
-            Stage::Asking(_) | Stage::Granted(_) => {
-                let reason = "another process makes this attempt".to_owned();
-                self.send(from, header, refused(TransferError::Protocol { reason }));
+            // A late ask of before the break is none.
+            Stage::Seeking(seeking) if seeking.writer == from && header.epoch != seeking.epoch => return,
+            Stage::Seeking(seeking) if seeking.writer == from => {}
+            Stage::Asking(_) | Stage::Awaiting(_) | Stage::Granted(_) | Stage::Seeking(_) => {
+                return self.send(from, header, by_another());
             }
             Stage::Idle if expected.context_tokens != context_tokens => {
                 let expects = expected.context_tokens;
                 let reason = format!("a context of {context_tokens} tokens was offered, {expects} are expected");
                 let error = TransferError::Protocol { reason };
                 self.send(from, header, refused(error.clone()));
-                self.fail_ticket(now, header.ticket, error, false);
+                return self.fail_ticket(now, header.ticket, error, false);
             }
-            Stage::Idle => self.enqueue(now, from, header.ticket, path, budget),
+            Stage::Idle => {}
         }
-    }
-
-    fn enqueue(&mut self, now: Duration, from: Instance, ticket: Ticket, path: PathKind, budget: Duration) {
-        let ageing = self.limits.ageing;
-        let Some(expected) = self.tickets.get_mut(&ticket) else {
+        if self.condemned.contains(&(from, path)) {
+            return self.refuse_path(now, header, from, path);
+        }
+        let Some(expected) = self.tickets.get(&header.ticket) else {
             return;
         };
         let until = expected.deadline.min(now.saturating_add(budget));
-        let key = (until.min(now.saturating_add(ageing)), self.asks.arrivals);
+        let key = (until.min(now.saturating_add(self.limits.ageing)), self.asks.arrivals);
         self.asks.arrivals += 1;
-        self.asks.queue.insert(key, (from, ticket));
-        expected.stage = Stage::Asking(Pending { from, path, until, key });
+        let pending = Pending {
+            from,
+            path,
+            until,
+            key,
+            resumes: header.epoch,
+        };
+        match expected.aside {
+            Some(epoch) => self.await_aside(now, header.ticket, epoch, pending),
+            None => self.enqueue(now, header.ticket, pending),
+        }
+    }
+
+    pub(super) fn enqueue(&mut self, now: Duration, ticket: Ticket, pending: Pending) {
+        let Some(expected) = self.tickets.get_mut(&ticket) else {
+            return;
+        };
+        let until = pending.until;
+        self.asks.queue.insert(pending.key, (pending.from, ticket));
+        expected.stage = Stage::Asking(pending);
         self.wake_at(until);
         self.serve(now);
     }
@@ -162,26 +185,22 @@ impl Receiver {
         let fresh_blocks = u32::try_from(fresh.len()).unwrap_or(u32::MAX);
         let wanted = held..context_blocks;
         let lease_until = now.saturating_add(self.limits.lease);
-        let state = EpochState::new(
-            (ticket, *attempt),
-            (pending.from, pending.path),
+        let state = EpochState::new(NewEpoch {
+            ticket,
+            attempt: *attempt,
+            writer: pending.from,
+            path: pending.path,
+            base: held,
             wanted,
-            self.limits.layers,
+            digest_from: held,
             fresh,
+            bytes: 0,
+            layers: self.limits.layers,
             lease_until,
-        );
+        });
         self.asks.remove(&pending);
-        for block in state.fresh() {
-            self.owners.insert(*block, epoch);
-        }
-        if !state.fresh().is_empty() {
-            *self.outstanding.entry(pending.from).or_default() += state.fresh().len();
-        }
-        self.epochs.insert(epoch, state);
-        if let Some(expected) = self.tickets.get_mut(&ticket) {
-            expected.stage = Stage::Granted(epoch);
-        }
-        self.wake_at(lease_until);
+        self.insert_epoch(epoch, state);
+        self.granted(ticket, epoch, pending.path);
         self.effects.push(Effect::Granted {
             ticket,
             epoch,
@@ -192,11 +211,22 @@ impl Receiver {
         self.serve(now);
     }
 
+    /// The ticket's attempt goes on under this epoch.
+    pub(super) fn granted(&mut self, ticket: Ticket, epoch: Epoch, path: PathKind) {
+        if let Some(expected) = self.tickets.get_mut(&ticket) {
+            expected.stage = Stage::Granted(epoch);
+            if let Some((from, reason)) = expected.broken.take() {
+                expected.fallbacks.push(Fallback { from, to: path, reason });
+            }
+        }
+    }
+
     /// Tells the writer of its grant, once more where it asks once more.
-    fn grant(&mut self, epoch: Epoch) {
+    pub(super) fn grant(&mut self, epoch: Epoch) {
         let Some(state) = self.epochs.get(&epoch) else { return };
         let wanted = state.wanted();
-        let destinations = state.fresh()[..wanted.len()].to_vec();
+        let first = (wanted.start - state.base()) as usize;
+        let destinations = state.fresh()[first..first + wanted.len()].to_vec();
         let (ticket, attempt) = (state.ticket(), state.attempt());
         let header = Header {
             ticket,
@@ -204,11 +234,13 @@ impl Receiver {
             epoch: Some(epoch),
         };
         let (to, held, lease) = (state.writer(), wanted.start, self.limits.lease);
+        let digest_from = state.digest_from();
         self.send(
             to,
             header,
             ToSender::Grant {
                 held,
+                digest_from,
                 wanted,
                 destinations,
                 lease,

@@ -2,9 +2,10 @@
 
 use super::epochs::EpochState;
 use super::{Effect, Receiver, Stage};
-use crate::TransferError;
 use crate::session::message::{Header, ToSender};
+use crate::{PathKind, TransferError};
 use baton_types::{Attempt, Epoch, Instance, Ticket};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 impl Receiver {
@@ -16,6 +17,8 @@ impl Receiver {
             return;
         }
         let before = std::mem::replace(&mut expected.attempt, attempt);
+        (expected.broken, expected.first_block) = (None, false);
+        expected.fallbacks.clear();
         let stage = std::mem::replace(&mut expected.stage, Stage::Idle);
         let deadline = expected.deadline;
         self.wake_at(deadline);
@@ -31,6 +34,9 @@ impl Receiver {
             reason: "the receiver gave the request up".to_owned(),
         };
         self.end_stage(now, ticket, expected.attempt, expected.stage, error, true);
+        if let Some(epoch) = expected.aside {
+            self.let_go(now, epoch);
+        }
         self.serve(now);
     }
 
@@ -46,10 +52,14 @@ impl Receiver {
         let stage = std::mem::replace(&mut expected.stage, Stage::Failed(error.clone()));
         let path = match &stage {
             Stage::Idle | Stage::Failed(_) => None,
-            Stage::Asking(pending) => Some(pending.path),
+            Stage::Asking(pending) | Stage::Awaiting(pending) => Some(pending.path),
+            Stage::Seeking(seeking) => Some(seeking.path),
             Stage::Granted(epoch) => self.epochs.get(epoch).map(EpochState::path),
         };
         self.end_stage(now, ticket, attempt, stage, error.clone(), tell);
+        if !keeps(&error) {
+            self.drop_aside(now, ticket);
+        }
         self.effects.push(Effect::Failed {
             ticket,
             attempt,
@@ -69,8 +79,8 @@ impl Receiver {
         tell: bool,
     ) {
         match stage {
-            Stage::Idle | Stage::Failed(_) => {}
-            Stage::Asking(pending) => {
+            Stage::Idle | Stage::Failed(_) | Stage::Seeking(_) => {}
+            Stage::Asking(pending) | Stage::Awaiting(pending) => {
                 self.asks.remove(&pending);
                 if tell {
                     let header = Header {
@@ -81,31 +91,34 @@ impl Receiver {
                     self.send(pending.from, header, ToSender::Refused { error });
                 }
             }
-            Stage::Granted(epoch) => self.kill(now, epoch, error, tell),
+            Stage::Granted(epoch) => {
+                let keep = keeps(&error);
+                self.kill(now, epoch, error, tell, keep);
+            }
         }
     }
 
     pub(super) fn peer_lost(&mut self, now: Duration, instance: Instance) {
         let reason = "its control connection was lost".to_owned();
-        self.end_writer(now, instance, &TransferError::PeerGone { reason });
-    }
-
-    /// Ends all that a writer has here and has its connections destroyed, which proves all its epochs over.
-    fn end_writer(&mut self, now: Duration, instance: Instance, error: &TransferError) {
-        let asking = self.asks.of(instance);
-        let live = self
-            .epochs
-            .values()
-            .filter(|state| state.writer() == instance && state.is_live());
-        let live: Vec<Ticket> = live.map(EpochState::ticket).collect();
-        for ticket in asking.into_iter().chain(live) {
+        let error = TransferError::PeerGone { reason };
+        let its = |stage: &Stage| match stage {
+            Stage::Idle | Stage::Failed(_) => false,
+            Stage::Asking(pending) | Stage::Awaiting(pending) => pending.from == instance,
+            Stage::Granted(epoch) => self.epochs.get(epoch).is_some_and(|state| state.writer() == instance),
+            Stage::Seeking(seeking) => seeking.writer == instance,
+        };
+        let its: Vec<Ticket> = self
+            .tickets
+            .iter()
+            .filter(|(_, expected)| its(&expected.stage))
+            .map(|(ticket, _)| *ticket)
+            .collect();
+        for ticket in its {
             self.fail_ticket(now, ticket, error.clone(), false);
         }
-        for state in self.epochs.values_mut().filter(|state| state.writer() == instance) {
-            state.await_disconnect();
+        for path in self.limits.paths.clone() {
+            self.condemn(now, instance, path, &error);
         }
-        let through = Epoch(self.next_epoch - 1);
-        self.effects.push(Effect::Disconnect { instance, through });
     }
 
     pub(super) fn tick(&mut self, now: Duration) {
@@ -125,10 +138,18 @@ impl Receiver {
                 let error = match &expected.stage {
                     Stage::Failed(_) => return None,
                     _ if expected.deadline <= now => TransferError::Deadline,
-                    Stage::Asking(pending) if pending.until <= now => TransferError::NoRoom {
-                        reason: "no blocks became free in time".to_owned(),
+                    Stage::Asking(pending) | Stage::Awaiting(pending) if pending.until <= now => {
+                        TransferError::NoRoom {
+                            reason: "no blocks became free in time".to_owned(),
+                        }
+                    }
+                    Stage::Seeking(seeking) if seeking.until <= now => TransferError::PathFailed {
+                        path: seeking.path.to_string(),
+                        reason: "its sender found no other in time".to_owned(),
                     },
-                    Stage::Idle | Stage::Asking(_) | Stage::Granted(_) => return None,
+                    Stage::Idle | Stage::Asking(_) | Stage::Awaiting(_) | Stage::Granted(_) | Stage::Seeking(_) => {
+                        return None;
+                    }
                 };
                 Some((*ticket, error))
             })
@@ -136,33 +157,57 @@ impl Receiver {
         for (ticket, error) in due {
             self.fail_ticket(now, ticket, error, true);
         }
-        let mut silent: Vec<Instance> = self
+        let silent: BTreeSet<(Instance, PathKind)> = self
             .epochs
             .values()
             .filter(|state| state.fence_until().is_some_and(|at| at <= now))
-            .map(EpochState::writer)
+            .map(|state| (state.writer(), state.path()))
             .collect();
-        silent.sort_unstable();
-        silent.dedup();
-        for instance in silent {
-            let reason =
-                "its connections were destroyed, because it did not fence another hand-over in time".to_owned();
-            let path = "data".to_owned();
-            self.end_writer(now, instance, &TransferError::PathFailed { path, reason });
+        for (instance, path) in silent {
+            let reason = "it was closed, because its writer did not fence another hand-over in time".to_owned();
+            let error = TransferError::PathFailed {
+                path: path.to_string(),
+                reason,
+            };
+            self.condemn(now, instance, path, &error);
         }
+        self.asides_due(now);
         self.earliest = self.next_deadline();
     }
 
     pub(super) fn next_deadline(&self) -> Duration {
         let tickets = self.tickets.values().filter_map(|expected| match &expected.stage {
             Stage::Failed(_) => None,
-            Stage::Asking(pending) => Some(pending.until.min(expected.deadline)),
+            Stage::Asking(pending) | Stage::Awaiting(pending) => Some(pending.until.min(expected.deadline)),
+            Stage::Seeking(seeking) => Some(seeking.until.min(expected.deadline)),
             Stage::Idle | Stage::Granted(_) => Some(expected.deadline),
         });
         let epochs = self
             .epochs
             .values()
-            .filter_map(|state| state.lease_until().or(state.fence_until()));
+            .flat_map(|state| [state.lease_until(), state.fence_until(), state.aside_until()])
+            .flatten();
         tickets.chain(epochs).min().unwrap_or(Duration::MAX)
+    }
+}
+
+/// Whether what arrived whole before such an end is to be relied on by the next attempt.
+fn keeps(error: &TransferError) -> bool {
+    match error {
+        TransferError::PathFailed { .. }
+        | TransferError::PeerGone { .. }
+        | TransferError::LeaseExpired
+        | TransferError::Fenced
+        | TransferError::Aborted { .. } => true,
+        TransferError::Refused { .. }
+        | TransferError::NoPath { .. }
+        | TransferError::NoRoom { .. }
+        | TransferError::AlreadyCommitted
+        | TransferError::UnknownTicket
+        | TransferError::Deadline
+        | TransferError::Corrupt { .. }
+        | TransferError::Protocol { .. }
+        | TransferError::ShuttingDown
+        | TransferError::TooMany { .. } => false,
     }
 }

@@ -3,7 +3,9 @@
 //! Proof that nobody can write the blocks of a dead epoch any more is, with no claim outstanding, either
 //! - the writer's `Fenced` on the control connection *and* the in-band marker on every connection it names (a marker comes
 //!   behind all data of its connection); connections that carried the epoch must be among those; or
-//! - that all data connections of the writer were destroyed and their tasks joined after the epoch died.
+//! - that all that the writer had on that kind of path was destroyed after the epoch died.
+//!
+//! A digest is compared while the epoch lives, under a claim of its own: what is being read is not let go.
 
 use super::{ClaimTicket, Connection, Effect, Receiver, Stage};
 use crate::session::arrival::{Arrival, Misfit};
@@ -16,16 +18,36 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
+/// What the sender said when everything was pushed.
+#[derive(Debug)]
+pub(super) struct LastWord {
+    pub(super) payload: Bytes,
+    pub(super) digest: Option<u64>,
+}
+
+/// Whether what arrived is what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Open,
+    Awaited,
+    Matches,
+}
+
 #[derive(Debug)]
 enum Phase {
     Live {
         lease_until: Duration,
-        complete: Option<Bytes>,
+        complete: Option<LastWord>,
+        verdict: Verdict,
     },
-    /// `fence_until`: none once destruction of the connections was asked for.
+    /// `fence_until`: none once destruction of the connections was asked for, or there is proof. `aside_until`: there while
+    /// the reservation is kept for the next grant.
     Dead {
         fence_until: Option<Duration>,
         disconnected: bool,
+        aside_until: Option<Duration>,
+        /// There was proof while it was kept aside.
+        proven_aside: bool,
     },
 }
 
@@ -35,14 +57,17 @@ pub(super) struct EpochState {
     attempt: Attempt,
     writer: Instance,
     path: PathKind,
-    /// Ordinals to be written; `fresh` begins with their blocks.
+    /// The ordinal of the first of `fresh`.
+    base: u32,
+    /// Ordinals to be written. Those between `base` and these arrived under earlier epochs.
     wanted: Range<u32>,
+    /// What a digest covers begins here: this attempt wrote it.
+    digest_from: u32,
     fresh: Vec<BlockId>,
     arrival: Arrival,
     phase: Phase,
     claims: usize,
     bytes: u64,
-    first_block: bool,
     /// Connections that carried an extent.
     carried: BTreeSet<u64>,
     /// Connections on which nothing more of it can come: the marker came, or they closed.
@@ -51,34 +76,69 @@ pub(super) struct EpochState {
     markers: Option<u32>,
 }
 
+/// What an epoch is made of.
+pub(super) struct NewEpoch {
+    pub(super) ticket: Ticket,
+    pub(super) attempt: Attempt,
+    pub(super) writer: Instance,
+    pub(super) path: PathKind,
+    pub(super) base: u32,
+    pub(super) wanted: Range<u32>,
+    pub(super) digest_from: u32,
+    pub(super) fresh: Vec<BlockId>,
+    pub(super) bytes: u64,
+    pub(super) layers: u32,
+    pub(super) lease_until: Duration,
+}
+
 impl EpochState {
-    pub(super) fn new(
-        (ticket, attempt): (Ticket, Attempt),
-        (writer, path): (Instance, PathKind),
-        wanted: Range<u32>,
-        layers: u32,
-        fresh: Vec<BlockId>,
-        lease_until: Duration,
-    ) -> Self {
+    pub(super) fn new(new: NewEpoch) -> Self {
         Self {
-            ticket,
-            attempt,
-            writer,
-            path,
-            arrival: Arrival::new(wanted.clone(), layers),
-            wanted,
-            fresh,
+            ticket: new.ticket,
+            attempt: new.attempt,
+            writer: new.writer,
+            path: new.path,
+            base: new.base,
+            arrival: Arrival::new(new.wanted.clone(), new.layers),
+            wanted: new.wanted,
+            digest_from: new.digest_from,
+            fresh: new.fresh,
             phase: Phase::Live {
-                lease_until,
+                lease_until: new.lease_until,
                 complete: None,
+                verdict: Verdict::Open,
             },
             claims: 0,
-            bytes: 0,
-            first_block: false,
+            bytes: new.bytes,
             carried: BTreeSet::new(),
             finished: BTreeSet::new(),
             markers: None,
         }
+    }
+
+    /// The next grant of the same reservation: what arrived whole is not wanted again.
+    pub(super) fn succeeded_by(
+        self,
+        attempt: Attempt,
+        writer: Instance,
+        path: PathKind,
+        lease_until: Duration,
+    ) -> Self {
+        let start = self.whole_until();
+        let same = self.attempt == attempt;
+        Self::new(NewEpoch {
+            ticket: self.ticket,
+            attempt,
+            writer,
+            path,
+            base: self.base,
+            wanted: start..self.wanted.end,
+            digest_from: if same { self.digest_from } else { start },
+            bytes: if same { self.bytes } else { 0 },
+            layers: self.arrival.layers(),
+            fresh: self.fresh,
+            lease_until,
+        })
     }
 
     pub(super) fn ticket(&self) -> Ticket {
@@ -97,20 +157,52 @@ impl EpochState {
         self.path
     }
 
+    pub(super) fn base(&self) -> u32 {
+        self.base
+    }
+
     pub(super) fn wanted(&self) -> Range<u32> {
         self.wanted.clone()
+    }
+
+    pub(super) fn digest_from(&self) -> u32 {
+        self.digest_from
     }
 
     pub(super) fn fresh(&self) -> &[BlockId] {
         &self.fresh
     }
 
+    /// The block of an ordinal from `base` on.
+    fn block(&self, ordinal: u32) -> BlockId {
+        self.fresh[(ordinal - self.base) as usize]
+    }
+
+    /// Ordinals before this one are here, whole.
+    fn whole_until(&self) -> u32 {
+        self.wanted.start + self.arrival.leading()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.arrival.is_full()
+    }
+
     pub(super) fn is_live(&self) -> bool {
         matches!(self.phase, Phase::Live { .. })
     }
 
+    pub(super) fn is_aside(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Dead {
+                aside_until: Some(_),
+                ..
+            }
+        )
+    }
+
     pub(super) fn is_written_by(&self, from: &Connection) -> bool {
-        self.writer == from.writer && self.path == from.path
+        (self.writer == from.writer || planted!(RestartedPeer)) && self.path == from.path
     }
 
     pub(super) fn lease_until(&self) -> Option<Duration> {
@@ -127,32 +219,61 @@ impl EpochState {
         }
     }
 
-    /// The writer is asked for no proof any more: its connections are being destroyed.
-    pub(super) fn await_disconnect(&mut self) {
+    pub(super) fn aside_until(&self) -> Option<Duration> {
+        match &self.phase {
+            Phase::Live { .. } => None,
+            Phase::Dead { aside_until, .. } => *aside_until,
+        }
+    }
+
+    /// There is proof: it is kept for so long. Only the first time counts.
+    pub(super) fn keep_proven(&mut self, until: Duration) {
+        if let Phase::Dead {
+            fence_until,
+            aside_until: Some(aside_until),
+            proven_aside: proven @ false,
+            ..
+        } = &mut self.phase
+        {
+            (*fence_until, *aside_until, *proven) = (None, until, true);
+        }
+    }
+
+    /// It is kept no longer.
+    pub(super) fn keep_no_more(&mut self) {
+        if let Phase::Dead { aside_until, .. } = &mut self.phase {
+            *aside_until = None;
+        }
+    }
+
+    /// The writer is asked for no proof any more: there is proof, or its connections are being destroyed.
+    pub(super) fn await_no_fence(&mut self) {
         if let Phase::Dead { fence_until, .. } = &mut self.phase {
             *fence_until = None;
         }
     }
 
     /// Takes the writer's last word. The first one stays. False where it names other blocks than those granted.
-    pub(super) fn completed(&mut self, blocks: &Range<u32>, payload: Bytes) -> bool {
+    pub(super) fn completed(&mut self, blocks: &Range<u32>, word: LastWord) -> bool {
         if let Phase::Live { complete, .. } = &mut self.phase {
             if *blocks != self.wanted {
                 return false;
             }
-            complete.get_or_insert(payload);
+            complete.get_or_insert(word);
         }
         true
     }
 
-    fn is_proven(&self) -> bool {
+    pub(super) fn is_proven(&self) -> bool {
         let Phase::Dead { disconnected, .. } = &self.phase else {
             return false;
         };
         let fenced = self.markers.is_some_and(|sent| {
-            self.finished.len() >= usize::try_from(sent).unwrap_or(usize::MAX) && self.carried.is_subset(&self.finished)
+            planted!(FlushIsProof)
+                || self.finished.len() >= usize::try_from(sent).unwrap_or(usize::MAX)
+                    && self.carried.is_subset(&self.finished)
         });
-        self.claims == 0 && (*disconnected || fenced || self.fresh.is_empty())
+        (self.claims == 0 || planted!(CheckedBeforeOnly)) && (*disconnected || fenced || self.fresh.is_empty())
     }
 }
 
@@ -167,7 +288,8 @@ impl Receiver {
         ordinal: u32,
         layers: &Range<u32>,
     ) -> Result<ClaimTicket, Reject> {
-        let Some(state) = self.epochs.get_mut(&epoch).filter(|state| state.is_live()) else {
+        let state = self.epochs.get_mut(&epoch);
+        let Some(state) = state.filter(|state| state.is_live() || planted!(OldEpoch)) else {
             return Err(Reject::DeadEpoch);
         };
         if !state.is_written_by(&from) {
@@ -178,6 +300,7 @@ impl Receiver {
         }
         match state.arrival.take(ordinal, layers) {
             Ok(()) => {}
+            Err(Misfit::Duplicate) if planted!(DuplicateCounts) => {}
             Err(Misfit::Duplicate) => return Err(Reject::Duplicate),
             Err(Misfit::Outside) => return Err(Reject::OutsideGrant),
             Err(Misfit::Overlap) => {
@@ -188,7 +311,7 @@ impl Receiver {
         }
         state.claims += 1;
         state.carried.insert(from.number);
-        let block = state.fresh[(ordinal - state.wanted.start) as usize];
+        let block = state.block(ordinal);
         Ok(ClaimTicket {
             epoch,
             ordinal,
@@ -208,8 +331,11 @@ impl Receiver {
             return Err(Reject::DeadEpoch);
         }
         state.bytes += bytes;
-        if state.arrival.land(claim.ordinal, &claim.layers) && !std::mem::replace(&mut state.first_block, true) {
-            let ticket = state.ticket;
+        let ticket = state.ticket;
+        if state.arrival.land(claim.ordinal, &claim.layers)
+            && let Some(expected) = self.tickets.get_mut(&ticket)
+            && !std::mem::replace(&mut expected.first_block, true)
+        {
             self.effects.push(Effect::FirstBlock { ticket });
         }
         self.renew(now, claim.epoch);
@@ -226,7 +352,7 @@ impl Receiver {
         if state.is_live() {
             let path = state.path.to_string();
             let reason = "an extent was torn".to_owned();
-            self.fail_epoch(now, claim.epoch, TransferError::PathFailed { path, reason }, true);
+            self.break_epoch(now, claim.epoch, &TransferError::PathFailed { path, reason }, true);
         } else {
             self.try_release(now, claim.epoch);
         }
@@ -239,20 +365,61 @@ impl Receiver {
         }
     }
 
-    /// Commits where everything is in and the writer said so. No unfenced epoch can hold these blocks too: `owners` refuses
-    /// to grant them.
+    /// Commits where everything is in, the writer said so, and it is what was sent. No unfenced epoch can hold these blocks
+    /// too: `owners` refuses to grant them.
     pub(super) fn try_commit(&mut self, now: Duration, epoch: Epoch) {
-        let Some(state) = self.epochs.get(&epoch) else { return };
-        let ready = match &state.phase {
-            Phase::Live { complete, .. } => complete.is_some() && state.arrival.is_full() && state.claims == 0,
-            Phase::Dead { .. } => false,
-        };
-        if !ready {
+        let Some(state) = self.epochs.get_mut(&epoch) else {
             return;
+        };
+        let full = state.arrival.missing() <= u64::from(planted!(EarlyCommit));
+        let (wanted, digest_from) = (state.wanted.clone(), state.digest_from);
+        match &mut state.phase {
+            Phase::Live {
+                complete: Some(word),
+                verdict,
+                ..
+            } if full && state.claims == 0 => {
+                if let (Some(digest), Verdict::Open) = (word.digest, *verdict) {
+                    *verdict = Verdict::Awaited;
+                    state.claims += 1;
+                    let blocks = (digest_from..wanted.end).map(|ordinal| (ordinal, state.block(ordinal)));
+                    let blocks = blocks.collect();
+                    self.effects.push(Effect::Verify { epoch, blocks, digest });
+                    return self.renew(now, epoch);
+                }
+            }
+            Phase::Live { .. } | Phase::Dead { .. } => return,
         }
+        self.commit(now, epoch);
+    }
+
+    pub(super) fn verified(&mut self, now: Duration, epoch: Epoch, matches: bool) {
+        let Some(state) = self.epochs.get_mut(&epoch) else {
+            return;
+        };
+        match &mut state.phase {
+            Phase::Live { verdict, .. } if *verdict == Verdict::Awaited => {
+                state.claims -= 1;
+                if matches {
+                    *verdict = Verdict::Matches;
+                    self.try_commit(now, epoch);
+                } else {
+                    let reason = "its digest is not the sender's".to_owned();
+                    self.fail_epoch(now, epoch, TransferError::Corrupt { reason }, true);
+                }
+            }
+            Phase::Live { .. } => {}
+            Phase::Dead { .. } => {
+                state.claims = state.claims.saturating_sub(1);
+                self.try_release(now, epoch);
+            }
+        }
+    }
+
+    fn commit(&mut self, now: Duration, epoch: Epoch) {
         let Some(state) = self.drop_epoch(epoch) else { return };
         let Phase::Live {
-            complete: Some(payload),
+            complete: Some(LastWord { payload, .. }),
             ..
         } = state.phase
         else {
@@ -267,7 +434,7 @@ impl Receiver {
             bytes,
             ..
         } = state;
-        self.tickets.remove(&ticket);
+        let fallbacks = self.tickets.remove(&ticket).map(|expected| expected.fallbacks);
         self.remember_committed(ticket, attempt, epoch);
         self.effects.push(Effect::Commit {
             ticket,
@@ -277,6 +444,7 @@ impl Receiver {
             payload,
             bytes,
             path,
+            fallbacks: fallbacks.unwrap_or_default(),
         });
         self.send(
             writer,
@@ -303,15 +471,22 @@ impl Receiver {
         }
     }
 
-    /// The grant is over: no claim from here on, its blocks are in quarantine until proof.
-    pub(super) fn kill(&mut self, now: Duration, epoch: Epoch, error: TransferError, tell: bool) {
+    /// The grant is over: no claim from here on. Its blocks are in quarantine until proof; where `keep`, and there is something
+    /// to keep, the reservation is kept aside instead, which nobody else can have either.
+    pub(super) fn kill(&mut self, now: Duration, epoch: Epoch, error: TransferError, tell: bool, keep: bool) {
         let fence_until = now.saturating_add(self.limits.fence_timeout);
+        // Time for the proof by markers, and then for that by destruction.
+        let aside_until = fence_until.saturating_add(self.limits.fence_timeout);
         let Some(state) = self.epochs.get_mut(&epoch) else {
             return;
         };
+        let expected = self.tickets.get_mut(&state.ticket);
+        let expected = expected.filter(|_| keep && state.whole_until() > state.base);
         state.phase = Phase::Dead {
             fence_until: Some(fence_until),
             disconnected: false,
+            aside_until: expected.is_some().then_some(aside_until),
+            proven_aside: false,
         };
         let header = Header {
             ticket: state.ticket,
@@ -319,8 +494,11 @@ impl Receiver {
             epoch: Some(epoch),
         };
         let writer = state.writer;
+        match expected {
+            Some(expected) => expected.aside = Some(epoch),
+            None => self.effects.push(Effect::Quarantine { epoch }),
+        }
         self.wake_at(fence_until);
-        self.effects.push(Effect::Quarantine { epoch });
         if tell {
             self.send(writer, header, ToSender::Fence { error });
         }
@@ -362,27 +540,29 @@ impl Receiver {
             let incomplete = self
                 .epochs
                 .get(&epoch)
-                .is_some_and(|s| s.is_live() && !s.arrival.is_full());
+                .is_some_and(|state| state.is_live() && !state.is_full());
             if incomplete {
                 let reason = "a connection closed before everything had come".to_owned();
                 let path = from.path.to_string();
-                self.fail_epoch(now, epoch, TransferError::PathFailed { path, reason }, true);
+                self.break_epoch(now, epoch, &TransferError::PathFailed { path, reason }, true);
             } else {
                 self.try_release(now, epoch);
             }
         }
     }
 
-    pub(super) fn disconnected(&mut self, now: Duration, instance: Instance, through: Epoch) {
+    pub(super) fn disconnected(&mut self, now: Duration, instance: Instance, path: PathKind, through: Epoch) {
+        self.condemned.remove(&(instance, path));
         let proven: Vec<Epoch> = self
             .epochs
             .range_mut(..=through)
-            .filter(|(_, state)| state.writer == instance)
+            .filter(|(_, state)| state.writer == instance && state.path == path)
             .filter_map(|(epoch, state)| match &mut state.phase {
                 Phase::Live { .. } => None,
                 Phase::Dead {
                     fence_until,
                     disconnected,
+                    ..
                 } => {
                     (*fence_until, *disconnected) = (None, true);
                     Some(*epoch)
@@ -395,15 +575,33 @@ impl Receiver {
     }
 
     /// Lets the blocks of a dead epoch go where there is proof.
-    fn try_release(&mut self, now: Duration, epoch: Epoch) {
-        if self.epochs.get(&epoch).is_some_and(EpochState::is_proven) {
-            self.drop_epoch(epoch);
-            self.effects.push(Effect::Release { epoch });
-            self.serve(now);
+    pub(super) fn try_release(&mut self, now: Duration, epoch: Epoch) {
+        let Some(state) = self.epochs.get(&epoch).filter(|state| state.is_proven()) else {
+            return;
+        };
+        if state.is_aside() {
+            return self.proven_aside(now, epoch);
         }
+        self.drop_epoch(epoch);
+        self.effects.push(Effect::Release { epoch });
+        self.serve(now);
     }
 
-    fn drop_epoch(&mut self, epoch: Epoch) -> Option<EpochState> {
+    /// A grant's blocks are its own from here on.
+    pub(super) fn insert_epoch(&mut self, epoch: Epoch, state: EpochState) {
+        for block in &state.fresh {
+            self.owners.insert(*block, epoch);
+        }
+        if !state.fresh.is_empty() {
+            *self.outstanding.entry(state.writer).or_default() += state.fresh.len();
+        }
+        if let Some(lease_until) = state.lease_until() {
+            self.wake_at(lease_until);
+        }
+        self.epochs.insert(epoch, state);
+    }
+
+    pub(super) fn drop_epoch(&mut self, epoch: Epoch) -> Option<EpochState> {
         let state = self.epochs.remove(&epoch)?;
         for block in &state.fresh {
             self.owners.remove(block);

@@ -7,6 +7,7 @@
 //!   write: the book of `owners` refuses an allocation that says otherwise;
 //! - an epoch is committed only while live, with everything in and a valid Complete; it is dead from then on;
 //! - a dead epoch gets no claim, and its blocks are let go only on proof (`epochs`), never because time has passed;
+//! - what arrived whole under a dead epoch is kept aside for the next grant of its ticket, within bounds (`resume`);
 //! - an attempt ends: in a commit, or in exactly one `Failed` per attempt that was not superseded or forgotten.
 
 mod asks;
@@ -14,16 +15,18 @@ mod ends;
 mod epochs;
 #[cfg(test)]
 mod model;
+mod resume;
 #[cfg(test)]
 mod tests;
 
 use super::message::{Header, ToReceiver, ToSender};
-use crate::{PathKind, TransferError};
+use crate::{Fallback, PathKind, TransferError};
 use asks::{Asks, Pending};
 use baton_types::{Attempt, BlockId, Epoch, Instance, Ticket};
 use bytes::Bytes;
-use epochs::EpochState;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use epochs::{EpochState, LastWord};
+use resume::Seeking;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -34,6 +37,8 @@ pub(crate) struct Limits {
     pub layers: u32,
     /// Tokens of a block.
     pub block_tokens: u32,
+    /// Kinds of path that writers can come over.
+    pub paths: Vec<PathKind>,
     /// Reserved plus quarantined blocks of one writer; one hand-over of any size passes where it has none.
     pub peer_blocks: usize,
     /// A grant without progress for this long ends its attempt.
@@ -108,8 +113,14 @@ pub(crate) enum Event {
     Corrupt { from: Connection, epoch: Epoch },
     /// The control connection of a sender is lost.
     PeerLost { instance: Instance },
-    /// Answer to [`Effect::Disconnect`]: every data connection that the writer had is closed, its tasks joined.
-    Disconnected { instance: Instance, through: Epoch },
+    /// Answer to [`Effect::Disconnect`]: nothing that the writer had there can write any more.
+    Disconnected {
+        instance: Instance,
+        path: PathKind,
+        through: Epoch,
+    },
+    /// Answer to [`Effect::Verify`].
+    Verified { epoch: Epoch, matches: bool },
     /// Blocks became free elsewhere.
     RoomChanged,
     /// The endpoint ends: so does every attempt.
@@ -123,8 +134,10 @@ pub(crate) enum Event {
 pub(crate) enum Effect {
     /// Reserve the blocks of the ticket under this epoch, and answer at once.
     Allocate { epoch: Epoch, ticket: Ticket },
-    /// Give a reservation back that no writer was told of.
+    /// Give a reservation back that no writer can write: none was told of it, or there is proof.
     Discard { epoch: Epoch },
+    /// The reservation of `old`, which is proven over, is that of `new` from now on.
+    Regrant { old: Epoch, new: Epoch },
     /// Tell a sender.
     Send {
         to: Instance,
@@ -140,6 +153,12 @@ pub(crate) enum Effect {
     },
     /// Tell the role.
     FirstBlock { ticket: Ticket },
+    /// Compare the digest of these blocks, each with its ordinal, and answer.
+    Verify {
+        epoch: Epoch,
+        blocks: Vec<(u32, BlockId)>,
+        digest: u64,
+    },
     /// Turn the reservation into a table and give it to the role.
     Commit {
         ticket: Ticket,
@@ -149,6 +168,7 @@ pub(crate) enum Effect {
         payload: Bytes,
         bytes: u64,
         path: PathKind,
+        fallbacks: Vec<Fallback>,
     },
     /// Tell the role that an attempt is over.
     Failed {
@@ -161,9 +181,13 @@ pub(crate) enum Effect {
     Quarantine { epoch: Epoch },
     /// Nobody can write the quarantined blocks any more.
     Release { epoch: Epoch },
-    /// Close the control connection of the writer and all its data connections, join their tasks, and answer. `through` is
-    /// the last epoch that this proves over.
-    Disconnect { instance: Instance, through: Epoch },
+    /// See to it that nothing that the writer has on this kind of path can write any more, and answer. `through` is the last
+    /// epoch that this proves over.
+    Disconnect {
+        instance: Instance,
+        path: PathKind,
+        through: Epoch,
+    },
 }
 
 /// Where the current attempt of a ticket is.
@@ -173,8 +197,12 @@ enum Stage {
     Idle,
     /// Its sender waits for room.
     Asking(Pending),
+    /// Its sender waits for the proof that lets it have what is kept aside.
+    Awaiting(Pending),
     /// Its sender may write.
     Granted(Epoch),
+    /// The path broke under its sender, which is to ask again over another.
+    Seeking(Seeking),
     /// It is over; the role may name a later one.
     Failed(TransferError),
 }
@@ -187,6 +215,14 @@ struct Expected {
     /// The highest attempt seen. Lower ones are fenced.
     attempt: Attempt,
     stage: Stage,
+    /// The dead epoch whose reservation is kept for the next grant. Never while asking for other blocks, or granted.
+    aside: Option<Epoch>,
+    /// The path that broke last under this attempt, and why; taken by the next grant.
+    broken: Option<(PathKind, String)>,
+    /// Those that came before.
+    fallbacks: Vec<Fallback>,
+    /// The role was told of the attempt's first block.
+    first_block: bool,
 }
 
 /// Why a ticket cannot be expected.
@@ -201,15 +237,18 @@ pub(crate) enum NotExpected {
 pub(crate) struct Receiver {
     limits: Limits,
     next_epoch: u64,
-    tickets: HashMap<Ticket, Expected>,
+    // Trees: what is done for several at once is done in one order, so that a schedule can be run again.
+    tickets: BTreeMap<Ticket, Expected>,
     /// What was committed, oldest first, to answer late attempts.
-    committed: HashMap<Ticket, (Attempt, Epoch)>,
+    committed: BTreeMap<Ticket, (Attempt, Epoch)>,
     committed_order: VecDeque<Ticket>,
     asks: Asks,
     epochs: BTreeMap<Epoch, EpochState>,
-    owners: HashMap<BlockId, Epoch>,
+    owners: BTreeMap<BlockId, Epoch>,
     /// Reserved plus quarantined blocks per writer; no entry where there are none.
-    outstanding: HashMap<Instance, usize>,
+    outstanding: BTreeMap<Instance, usize>,
+    /// What is being disconnected: nothing is granted there meanwhile.
+    condemned: BTreeSet<(Instance, PathKind)>,
     effects: Vec<Effect>,
     /// No deadline lies before this.
     earliest: Duration,
@@ -220,13 +259,14 @@ impl Receiver {
         Self {
             limits,
             next_epoch: 1,
-            tickets: HashMap::new(),
-            committed: HashMap::new(),
+            tickets: BTreeMap::new(),
+            committed: BTreeMap::new(),
             committed_order: VecDeque::new(),
             asks: Asks::default(),
             epochs: BTreeMap::new(),
-            owners: HashMap::new(),
-            outstanding: HashMap::new(),
+            owners: BTreeMap::new(),
+            outstanding: BTreeMap::new(),
+            condemned: BTreeSet::new(),
             effects: Vec::new(),
             earliest: Duration::MAX,
         }
@@ -265,6 +305,10 @@ impl Receiver {
                         deadline,
                         attempt,
                         stage: Stage::Idle,
+                        aside: None,
+                        broken: None,
+                        fallbacks: Vec::new(),
+                        first_block: false,
                     };
                     self.tickets.insert(ticket, expected);
                     self.wake_at(deadline);
@@ -288,7 +332,12 @@ impl Receiver {
                 }
             }
             Event::PeerLost { instance } => self.peer_lost(now, instance),
-            Event::Disconnected { instance, through } => self.disconnected(now, instance, through),
+            Event::Disconnected {
+                instance,
+                path,
+                through,
+            } => self.disconnected(now, instance, path, through),
+            Event::Verified { epoch, matches } => self.verified(now, epoch, matches),
             Event::RoomChanged => self.serve(now),
             Event::Shutdown => {
                 let all: Vec<Ticket> = self.tickets.keys().copied().collect();
@@ -330,9 +379,10 @@ impl Receiver {
             })
     }
 
-    /// Processes that have blocks here, granted or in quarantine.
-    pub(crate) fn writers(&self) -> Vec<Instance> {
-        self.outstanding.keys().copied().collect()
+    /// Processes that have blocks here, granted or in quarantine, or whose connections are being destroyed.
+    pub(crate) fn writers(&self) -> BTreeSet<Instance> {
+        let condemned = self.condemned.iter().map(|(instance, _)| *instance);
+        self.outstanding.keys().copied().chain(condemned).collect()
     }
 
     fn wake_at(&mut self, at: Duration) {
@@ -357,11 +407,20 @@ impl Receiver {
                     self.renew(now, epoch);
                 }
             }
-            ToReceiver::Complete { blocks, payload } => self.complete(now, from, header, blocks, payload),
+            ToReceiver::Complete {
+                blocks,
+                payload,
+                digest,
+            } => self.complete(now, from, header, &blocks, LastWord { payload, digest }),
             ToReceiver::Abort { error } => self.abort(now, from, header, error),
             ToReceiver::Fenced { connections } => {
                 if let Some(epoch) = header.epoch {
                     self.fenced(now, from, epoch, connections);
+                }
+            }
+            ToReceiver::PathBroken { error } => {
+                if let Some(epoch) = header.epoch {
+                    self.path_broken(now, from, epoch, &error);
                 }
             }
         }
@@ -378,7 +437,7 @@ impl Receiver {
         named.then_some(*epoch)
     }
 
-    fn complete(&mut self, now: Duration, from: Instance, header: Header, blocks: Range<u32>, payload: Bytes) {
+    fn complete(&mut self, now: Duration, from: Instance, header: Header, blocks: &Range<u32>, word: LastWord) {
         if let Some((_, epoch)) = self.committed.get(&header.ticket) {
             let again = header.epoch == Some(*epoch);
             let message = if again {
@@ -400,11 +459,7 @@ impl Receiver {
             };
             return self.send(from, header, ToSender::Fence { error });
         };
-        match self
-            .epochs
-            .get_mut(&epoch)
-            .map(|state| state.completed(&blocks, payload))
-        {
+        match self.epochs.get_mut(&epoch).map(|state| state.completed(blocks, word)) {
             Some(true) => {
                 self.renew(now, epoch);
                 self.try_commit(now, epoch);
@@ -425,7 +480,13 @@ impl Receiver {
             return;
         }
         match &expected.stage {
-            Stage::Asking(pending) if pending.from == from => self.fail_ticket(now, header.ticket, error, false),
+            Stage::Asking(Pending { from: writer, .. })
+            | Stage::Awaiting(Pending { from: writer, .. })
+            | Stage::Seeking(Seeking { writer, .. })
+                if *writer == from =>
+            {
+                self.fail_ticket(now, header.ticket, error, false);
+            }
             Stage::Granted(epoch) => {
                 // The grant may have been under way when the sender gave up, so that it names none.
                 let state = self.epochs.get(epoch);
@@ -434,7 +495,7 @@ impl Receiver {
                     self.fail_ticket(now, header.ticket, error, false);
                 }
             }
-            Stage::Idle | Stage::Asking(_) | Stage::Failed(_) => {}
+            Stage::Idle | Stage::Asking(_) | Stage::Awaiting(_) | Stage::Seeking(_) | Stage::Failed(_) => {}
         }
     }
 
@@ -451,7 +512,7 @@ impl Receiver {
     /// Checks the books against each other.
     #[cfg(test)]
     pub(super) fn check(&self) {
-        let mut outstanding: HashMap<Instance, usize> = HashMap::new();
+        let mut outstanding: BTreeMap<Instance, usize> = BTreeMap::new();
         let mut owned = 0;
         for (epoch, state) in &self.epochs {
             for block in state.fresh() {
@@ -469,13 +530,27 @@ impl Receiver {
                 current,
                 "{epoch:?} is live without a ticket or the reverse"
             );
+            let aside = self.tickets.get(&state.ticket()).and_then(|e| e.aside) == Some(*epoch);
+            assert_eq!(
+                state.is_aside(),
+                aside,
+                "{epoch:?} is kept aside for nobody or the reverse"
+            );
         }
         assert_eq!(owned, self.owners.len(), "a block without an epoch is owned");
         assert_eq!(outstanding, self.outstanding, "outstanding blocks per writer");
         let asking = self
             .tickets
             .values()
-            .filter(|e| matches!(e.stage, Stage::Asking(_)))
+            .filter(|e| {
+                let without = !matches!(e.stage, Stage::Asking(_) | Stage::Granted(_));
+                assert!(without || e.aside.is_none(), "blocks are kept aside of a grant");
+                assert!(
+                    e.aside.is_some() || !matches!(e.stage, Stage::Awaiting(_)),
+                    "proof is awaited of nothing"
+                );
+                matches!(e.stage, Stage::Asking(_))
+            })
             .count();
         assert_eq!(asking, self.asks.len(), "asks in the queue");
         assert!(self.committed.len() <= self.limits.remembered.max(1));

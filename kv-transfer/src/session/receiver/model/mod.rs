@@ -10,7 +10,7 @@ mod schedule;
 use super::*;
 use crate::transport::Reject;
 use schedule::Step;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 const BLOCKS: u32 = 12;
 const WRITERS: u64 = 3;
@@ -56,6 +56,8 @@ struct World {
     frames: Vec<Frame>,
     /// Blocks of each reservation: ordinal of the first, and the blocks.
     reservations: HashMap<Epoch, Vec<BlockId>>,
+    /// Epochs that held each reservation, its own last.
+    chains: HashMap<Epoch, BTreeSet<Epoch>>,
     condemned: Vec<(Instance, Epoch)>,
     epochs: BTreeSet<Epoch>,
     /// Attempts that the role waits for.
@@ -72,6 +74,7 @@ impl World {
         let limits = Limits {
             layers: LAYERS,
             block_tokens: 1,
+            paths: vec![PathKind::Tcp],
             peer_blocks: 8,
             lease: 300 * MS,
             fence_timeout: 100 * MS,
@@ -87,6 +90,7 @@ impl World {
             grants: Vec::new(),
             frames: Vec::new(),
             reservations: HashMap::new(),
+            chains: HashMap::new(),
             condemned: Vec::new(),
             epochs: BTreeSet::new(),
             open: HashMap::new(),
@@ -150,6 +154,7 @@ impl World {
                     free.iter()
                         .for_each(|block| self.owners[block.index()] = Owner::Reserved(epoch));
                     self.reservations.insert(epoch, free.clone());
+                    self.chains.insert(epoch, BTreeSet::from([epoch]));
                     Event::Allocated {
                         epoch,
                         held: 0,
@@ -174,10 +179,11 @@ impl World {
                 let context = self.contexts[&ticket] as usize;
                 for (ordinal, block) in (0u32..).zip(&blocks[..context]) {
                     let content = &self.content[block.index()];
-                    assert!(
-                        content.iter().all(|c| *c == Some((epoch, ordinal))),
-                        "torn or foreign: {content:?}"
-                    );
+                    // What is kept of an earlier epoch was written under that.
+                    let chain = &self.chains[&epoch];
+                    let right =
+                        |c: &Option<(Epoch, u32)>| c.is_some_and(|(by, at)| chain.contains(&by) && at == ordinal);
+                    assert!(content.iter().all(right), "torn or foreign: {content:?}");
                 }
                 assert_eq!(
                     self.open.remove(&ticket),
@@ -202,7 +208,8 @@ impl World {
                 } = message
                 {
                     let epoch = header.epoch.expect("a grant names its epoch");
-                    assert_eq!(destinations, self.reservations[&epoch][..wanted.len()]);
+                    let asked_for = wanted.start as usize..wanted.end as usize;
+                    assert_eq!(destinations, self.reservations[&epoch][asked_for]);
                     if !self.grants.iter().any(|known| known.epoch == epoch) {
                         self.grants.push(Known {
                             header,
@@ -214,7 +221,23 @@ impl World {
                     }
                 }
             }
-            Effect::Disconnect { instance, through } => self.condemned.push((instance, through)),
+            Effect::Disconnect { instance, through, .. } => self.condemned.push((instance, through)),
+            Effect::Regrant { old, new } => {
+                assert!(self.epochs.insert(new), "{new:?} was used before");
+                for block in self.shift(old, Owner::Reserved(old), Owner::Reserved(new)) {
+                    let writes = |frame: &&Frame| frame.claim.block() == block;
+                    assert!(
+                        self.frames.iter().find(writes).is_none(),
+                        "{block:?} is being written still"
+                    );
+                }
+                let blocks = self.reservations[&old].clone();
+                self.reservations.insert(new, blocks);
+                let mut chain = self.chains[&old].clone();
+                chain.insert(new);
+                self.chains.insert(new, chain);
+            }
+            Effect::Verify { .. } => unreachable!("no digest is said here"),
             Effect::Granted { .. } | Effect::FirstBlock { .. } => {}
         }
     }
@@ -347,6 +370,7 @@ impl World {
                     let message = ToReceiver::Complete {
                         blocks: known.wanted,
                         payload: Bytes::new(),
+                        digest: None,
                     };
                     self.bring(Event::Message {
                         from,
@@ -391,7 +415,12 @@ impl World {
                     let (instance, through) = self.condemned.swap_remove(at);
                     // Joined: none of its frames is left.
                     self.end_frames(|frame| frame.from.writer == instance);
-                    self.bring(Event::Disconnected { instance, through });
+                    let path = PathKind::Tcp;
+                    self.bring(Event::Disconnected {
+                        instance,
+                        path,
+                        through,
+                    });
                 }
             }
             Step::Room => self.bring(Event::RoomChanged),

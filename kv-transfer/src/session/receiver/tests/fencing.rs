@@ -115,7 +115,10 @@ fn proof_is_every_marker_and_the_word() {
         }),
         epoch
     ));
-    assert!(released_in(&bench.marker(1, epoch), epoch));
+    assert_eq!(bench.marker(1, epoch), [], "proven, and kept for the next attempt");
+    assert_eq!(bench.machine.blocks_out(), (0, 3));
+    let effects = bench.bring(Event::Forget { ticket: TICKET });
+    assert_eq!(effects, [Effect::Discard { epoch }], "which there will not be");
     assert_eq!(bench.machine.blocks_out(), (0, 0));
 }
 
@@ -161,18 +164,22 @@ fn time_alone_frees_nothing() {
     assert_eq!(failure_in(&effects), Some(&TransferError::LeaseExpired));
     assert_eq!(refusal_in(&effects), Some(&TransferError::LeaseExpired));
     assert_eq!(bench.machine.blocks_out(), (2, 3));
-    // No proof in time: the writer's connections go, and its other hand-over with them.
+    // No proof in time: the writer's connections go, and its other hand-over needs another path.
     bench.now += 200 * MS;
     let effects = bench.bring(Event::Tick);
-    assert!(matches!(failure_in(&effects), Some(TransferError::PathFailed { .. })));
-    let through = effects.iter().find_map(|effect| match effect {
-        Effect::Disconnect {
-            instance: WRITER,
-            through,
-        } => Some(*through),
-        _ => None,
-    });
-    assert_eq!(through, Some(other));
+    assert_eq!(failure_in(&effects), None);
+    assert!(matches!(refusal_in(&effects), Some(TransferError::PathFailed { .. })));
+    let through = other;
+    let disconnect = |path, through| Effect::Disconnect {
+        instance: WRITER,
+        path,
+        through,
+    };
+    assert!(effects.contains(&disconnect(PathKind::Tcp, through)));
+    assert!(
+        !effects.contains(&disconnect(PathKind::Memory, through)),
+        "nothing happened there"
+    );
     assert_eq!(bench.machine.blocks_out(), (0, 5));
     bench.now += 100_000 * MS;
     let effects = bench.bring(Event::Tick);
@@ -180,9 +187,17 @@ fn time_alone_frees_nothing() {
         !released_in(&effects, epoch) && !released_in(&effects, other),
         "however long it takes"
     );
+    let path = PathKind::Tcp;
     let effects = bench.bring(Event::Disconnected {
         instance: WRITER,
-        through: other,
+        path: PathKind::Memory,
+        through,
+    });
+    assert_eq!(effects, [], "of another path");
+    let effects = bench.bring(Event::Disconnected {
+        instance: WRITER,
+        path,
+        through,
     });
     assert!(released_in(&effects, epoch) && released_in(&effects, other));
 }
@@ -191,15 +206,26 @@ fn time_alone_frees_nothing() {
 fn a_disconnect_proves_nothing_about_later_epochs() {
     let mut bench = Bench::new(8);
     let epoch = bench.granted(4);
-    bench.bring(Event::PeerLost { instance: WRITER });
+    let effects = bench.bring(Event::PeerLost { instance: WRITER });
+    let disconnects = effects
+        .iter()
+        .filter(|effect| matches!(effect, Effect::Disconnect { .. }));
+    assert_eq!(disconnects.count(), 2, "one of each kind of path");
     bench.expect(Ticket(8), 4);
+    let effects = bench.reserve(WRITER, Ticket(8), 1, 4);
+    assert!(
+        matches!(refusal_in(&effects), Some(TransferError::PathFailed { .. })),
+        "not yet"
+    );
+    let done = || Event::Disconnected {
+        instance: WRITER,
+        path: PathKind::Tcp,
+        through: epoch,
+    };
+    assert!(released_in(&bench.bring(done()), epoch));
     let later = grant_in(&bench.reserve(WRITER, Ticket(8), 1, 4)).unwrap();
     bench.bring(Event::Forget { ticket: Ticket(8) });
-    let effects = bench.bring(Event::Disconnected {
-        instance: WRITER,
-        through: epoch,
-    });
-    assert!(released_in(&effects, epoch) && !released_in(&effects, later));
+    assert!(!released_in(&bench.bring(done()), later));
 }
 
 #[test]
@@ -219,6 +245,7 @@ fn a_lost_peer_ends_its_asks_and_grants() {
     assert_eq!((bench.machine.asking(), refusal_in(&effects)), (1, None));
     let effects = bench.bring(Event::Disconnected {
         instance: WRITER,
+        path: PathKind::Tcp,
         through: epoch,
     });
     assert!(grant_in(&effects).is_some(), "room for the other");
@@ -239,45 +266,22 @@ fn a_pool_that_gives_blocks_of_an_unfenced_epoch_is_not_believed() {
 }
 
 #[test]
-fn torn_and_corrupt_extents_fail_the_attempt() {
+fn a_corrupt_extent_fails_the_attempt() {
     let mut bench = Bench::new(8);
     let epoch = bench.granted(8);
-    let torn = bench.claim(epoch, 0).unwrap();
-    bench.machine.release(bench.now, &torn);
-    let effects = bench.settle();
-    assert!(matches!(failure_in(&effects), Some(TransferError::PathFailed { .. })));
-
-    let mut bench = Bench::new(8);
-    let epoch = bench.granted(8);
-    assert_eq!(
-        bench.bring(Event::Corrupt {
-            from: Connection {
-                writer: OTHER,
-                ..connection(1)
-            },
-            epoch
-        }),
-        []
-    );
-    let effects = bench.bring(Event::Corrupt {
-        from: connection(1),
-        epoch,
-    });
-    assert!(matches!(failure_in(&effects), Some(TransferError::Corrupt { .. })));
-}
-
-#[test]
-fn a_connection_that_closes_before_its_time_fails_what_it_carried() {
-    let mut bench = Bench::new(8);
-    let epoch = bench.granted(8);
-    assert_eq!(
-        bench.bring(Event::ConnectionClosed { from: connection(1) }),
-        [],
-        "it carried nothing"
-    );
     bench.write(epoch, 0);
-    let effects = bench.bring(Event::ConnectionClosed { from: connection(1) });
-    assert!(matches!(failure_in(&effects), Some(TransferError::PathFailed { .. })));
+    let foreign = Connection {
+        writer: OTHER,
+        ..connection(1)
+    };
+    assert_eq!(bench.bring(Event::Corrupt { from: foreign, epoch }), []);
+    let from = connection(1);
+    let effects = bench.bring(Event::Corrupt { from, epoch });
+    assert!(matches!(failure_in(&effects), Some(TransferError::Corrupt { .. })));
+    assert!(
+        effects.contains(&Effect::Quarantine { epoch }),
+        "nothing of it is relied on"
+    );
 }
 
 #[test]
@@ -298,9 +302,10 @@ fn shutdown_ends_every_attempt() {
         )
     };
     assert_eq!(effects.iter().filter(failed).count(), 3);
-    assert_eq!(bench.machine.writers(), [WRITER]);
+    assert_eq!(bench.machine.writers(), BTreeSet::from([WRITER]));
     bench.bring(Event::Disconnected {
         instance: WRITER,
+        path: PathKind::Tcp,
         through: Epoch(u64::MAX),
     });
     assert_eq!(bench.machine.blocks_out(), (0, 0));

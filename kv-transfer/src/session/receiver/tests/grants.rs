@@ -19,6 +19,7 @@ fn the_normal_path() {
         payload: Bytes::from_static(b"t"),
         bytes: 300,
         path: PathKind::Tcp,
+        fallbacks: Vec::new(),
     };
     let told = Effect::Send {
         to: WRITER,
@@ -64,6 +65,7 @@ fn a_grant_names_what_is_lacking() {
     let complete = ToReceiver::Complete {
         blocks: 3..3,
         payload: Bytes::new(),
+        digest: None,
     };
     assert!(committed_in(&bench.say(WRITER, header, complete)), "nothing is lacking");
 }
@@ -220,6 +222,7 @@ fn committed_tickets_are_remembered_within_bounds() {
         let complete = ToReceiver::Complete {
             blocks: 0..1,
             payload: Bytes::new(),
+            digest: None,
         };
         assert!(committed_in(&bench.say(WRITER, header, complete)));
     }
@@ -270,6 +273,7 @@ fn asks_are_served_by_deadline_with_ageing() {
     let mut effects = bench.bring(Event::PeerLost { instance: WRITER });
     effects.extend(bench.bring(Event::Disconnected {
         instance: WRITER,
+        path: PathKind::Tcp,
         through: running,
     }));
     while let Some((ticket, epoch)) = effects.iter().find_map(|effect| match effect {

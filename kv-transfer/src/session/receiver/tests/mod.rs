@@ -2,9 +2,11 @@
 
 mod fencing;
 mod grants;
+mod resume;
 
 use super::*;
 use crate::transport::Reject;
+use std::collections::HashMap;
 
 const MS: Duration = Duration::from_millis(1);
 const WRITER: Instance = Instance(11);
@@ -28,6 +30,7 @@ impl Bench {
         let limits = Limits {
             layers: LAYERS.end,
             block_tokens: 4,
+            paths: vec![PathKind::Tcp, PathKind::Memory],
             peer_blocks: blocks as usize,
             lease: 1000 * MS,
             fence_timeout: 200 * MS,
@@ -83,7 +86,16 @@ impl Bench {
                         self.free.extend(self.out.remove(&epoch).expect("blocks of the epoch"));
                         others.push(Effect::Release { epoch });
                     }
-                    Effect::Discard { .. }
+                    Effect::Discard { epoch } => {
+                        self.free.extend(self.out.remove(&epoch).expect("blocks of the epoch"));
+                        others.push(Effect::Discard { epoch });
+                    }
+                    Effect::Regrant { old, new } => {
+                        let blocks = self.out.remove(&old).expect("blocks of the epoch");
+                        self.out.insert(new, blocks);
+                        others.push(Effect::Regrant { old, new });
+                    }
+                    Effect::Verify { .. }
                     | Effect::Send { .. }
                     | Effect::Granted { .. }
                     | Effect::FirstBlock { .. }
@@ -163,6 +175,7 @@ impl Bench {
             ToReceiver::Complete {
                 blocks,
                 payload: Bytes::from_static(b"t"),
+                digest: None,
             },
         )
     }
