@@ -186,6 +186,21 @@ pub struct Timeline {
     pub reserve_us: u64,
     /// Each change of nodes, and why.
     pub fallbacks: Vec<String>,
+    /// Paths that failed under the hand-over, in order.
+    pub path_fallbacks: Vec<PathFallback>,
+    /// What the path carried while it was at work for this hand-over; 0 where that was not measured.
+    pub handover_bytes_per_second: u64,
+}
+
+/// A hand-over went on over another path, because the one that it used failed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct PathFallback {
+    /// What failed.
+    pub from: String,
+    /// What it went on over.
+    pub to: String,
+    /// What was seen.
+    pub reason: String,
 }
 
 /// A model that is served.

@@ -14,8 +14,8 @@ mod service;
 
 pub use error::StartError;
 pub use frontend::{
-    ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PromptInput,
-    Timeline, Usage,
+    ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PathFallback,
+    PromptInput, Timeline, Usage,
 };
 pub use options::{Options, StoreChoice};
 pub use service::{Service, run};

@@ -5,7 +5,7 @@
 
 use crate::handover::{Finished, Pushed};
 use baton_engine::BlockTable;
-use baton_kv_transfer::{Outgoing, OutgoingSpec, Peer, TransferError};
+use baton_kv_transfer::{Fallback, Outgoing, OutgoingSpec, Peer, TransferError};
 use baton_node_host::engine::{Control, Drawn, PrefillDone, SequenceError, SequenceEvent};
 use baton_node_host::work::HandoverEnd;
 use baton_node_host::{FirstTokenPayload, Host, Outcome, work};
@@ -262,6 +262,8 @@ impl PrefillRequest {
             bytes: report.bytes,
             exposed_us: as_us(exposed),
             reserve_us: as_us(report.reserve_wait),
+            fallbacks: report.fallbacks.into_iter().map(path_fallback).collect(),
+            busy_us: as_us(report.busy),
         }))
         .await
     }
@@ -277,6 +279,14 @@ fn is_given_up(error: &TransferError) -> bool {
             | TransferError::UnknownTicket
             | TransferError::Deadline
     )
+}
+
+fn path_fallback(fallback: Fallback) -> v1::PathFallback {
+    v1::PathFallback {
+        from: fallback.from.to_string(),
+        to: fallback.to.to_string(),
+        reason: fallback.reason,
+    }
 }
 
 fn as_us(duration: std::time::Duration) -> u64 {

@@ -1,6 +1,6 @@
 //! What happens to a request, and what is to be done about it.
 
-use crate::{ApiError, Timeline};
+use crate::{ApiError, PathFallback, Timeline};
 use baton_types::{Attempt, FinishReason, Instance, NodeId, Ticket, TokenLogprobs};
 
 /// One stream to one node, numbered within its request. What a closed leg still says is ignored.
@@ -102,18 +102,22 @@ pub(crate) enum DecodeEvent {
 /// What a prefill node says.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum PrefillEvent {
-    Started {
-        queue_us: u64,
-        cached_tokens: u32,
-    },
+    Started { queue_us: u64, cached_tokens: u32 },
     FirstToken(FirstToken),
-    HandedOver {
-        path: String,
-        bytes: u64,
-        exposed_us: u64,
-        reserve_us: u64,
-    },
+    HandedOver(Handover),
     Failed(Failure),
+}
+
+/// A hand-over as its sender saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Handover {
+    pub(crate) path: String,
+    pub(crate) fallbacks: Vec<PathFallback>,
+    pub(crate) bytes: u64,
+    pub(crate) exposed_us: u64,
+    pub(crate) reserve_us: u64,
+    /// The path was at work for it.
+    pub(crate) busy_us: u64,
 }
 
 /// The first token of one attempt.

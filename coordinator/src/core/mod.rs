@@ -10,7 +10,7 @@ mod simulation_test;
 mod times;
 
 pub(crate) use event::{
-    DecodeEvent, Effect, Event, Failure, FailureKind, FirstToken, Leg, LocalPrefill, Node, Outcome, Peer, Placement,
-    PrefillEvent, TokenBatch,
+    DecodeEvent, Effect, Event, Failure, FailureKind, FirstToken, Handover, Leg, LocalPrefill, Node, Outcome, Peer,
+    Placement, PrefillEvent, TokenBatch,
 };
 pub(crate) use request::{Request, RequestSpec};

@@ -370,13 +370,8 @@ impl Request {
                     message,
                 });
             }
-            PrefillEvent::HandedOver {
-                path,
-                bytes,
-                exposed_us,
-                reserve_us,
-            } => {
-                self.times.handed_over(path, bytes, exposed_us, reserve_us);
+            PrefillEvent::HandedOver(handover) => {
+                self.times.handed_over(handover);
                 self.close_prefill();
                 self.finish_if_done(false);
             }

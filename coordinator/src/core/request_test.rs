@@ -111,12 +111,13 @@ impl Machine {
     }
 
     fn handed_over(&mut self, leg: u32) -> Vec<Effect> {
-        let event = PrefillEvent::HandedOver {
+        let event = PrefillEvent::HandedOver(Handover {
             path: "tcp".into(),
             bytes: 1000,
             exposed_us: 4,
             reserve_us: 2,
-        };
+            ..Handover::default()
+        });
         self.on(Event::Prefill(Leg(leg), event))
     }
 

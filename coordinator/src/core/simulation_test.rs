@@ -176,12 +176,13 @@ impl World {
                         queue_us: 1,
                         cached_tokens: 0,
                     };
-                    let over = PrefillEvent::HandedOver {
+                    let over = PrefillEvent::HandedOver(Handover {
                         path: "x".into(),
                         bytes: 1,
                         exposed_us: 1,
                         reserve_us: 1,
-                    };
+                        ..Handover::default()
+                    });
                     let coming = [started, PrefillEvent::FirstToken(first), over].map(|e| Event::Prefill(leg, e));
                     let stream = Stream {
                         coming: coming.into(),

@@ -1,6 +1,6 @@
 //! The figures of a request's timeline, gathered as they come. Moments are microseconds since the request's arrival.
 
-use super::event::LocalPrefill;
+use super::event::{Handover, LocalPrefill};
 use crate::Timeline;
 
 /// What is known so far.
@@ -19,12 +19,7 @@ impl Times {
     /// An attempt begins; figures of the hand-over before are void.
     pub(super) fn attempt(&mut self) {
         self.timeline.attempts += 1;
-        self.timeline.handover_path.clear();
-        (
-            self.timeline.handover_bytes,
-            self.timeline.exposed_us,
-            self.timeline.reserve_us,
-        ) = (0, 0, 0);
+        self.handed_over(Handover::default());
         self.decoded = None;
     }
 
@@ -75,11 +70,22 @@ impl Times {
         self.timeline.handover_bytes = bytes;
     }
 
-    pub(super) fn handed_over(&mut self, path: String, bytes: u64, exposed_us: u64, reserve_us: u64) {
+    pub(super) fn handed_over(&mut self, handover: Handover) {
+        let Handover {
+            path,
+            fallbacks,
+            bytes,
+            exposed_us,
+            reserve_us,
+            busy_us,
+        } = handover;
         self.timeline.handover_path = path;
+        self.timeline.path_fallbacks = fallbacks;
         self.timeline.handover_bytes = bytes;
         self.timeline.exposed_us = exposed_us;
         self.timeline.reserve_us = reserve_us;
+        let rate = (u128::from(bytes) * 1_000_000).checked_div(u128::from(busy_us));
+        self.timeline.handover_bytes_per_second = u64::try_from(rate.unwrap_or(0)).unwrap_or(u64::MAX);
     }
 
     pub(super) fn delivered(&mut self, now_us: u64) {

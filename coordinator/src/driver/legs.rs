@@ -1,7 +1,10 @@
 //! The streams to nodes, and the conversion of what they say. A leg yields core events and ends with a failure where its
 //! stream ends early; dropping it resets the stream, which cancels the node's work.
 
-use crate::core::{DecodeEvent, Failure, FailureKind, FirstToken, LocalPrefill, Peer, PrefillEvent, TokenBatch};
+use crate::PathFallback;
+use crate::core::{
+    DecodeEvent, Failure, FailureKind, FirstToken, Handover, LocalPrefill, Peer, PrefillEvent, TokenBatch,
+};
 use baton_proto::convert::{ConvertError, finish_reason, parse_id, parse_ticket};
 use baton_proto::v1;
 use baton_proto::v1::node_client::NodeClient;
@@ -150,14 +153,23 @@ fn prefill_event(wire: v1::PrefillEvent) -> Result<PrefillEvent, Failure> {
             bytes,
             exposed_us,
             reserve_us,
-        }) => Ok(PrefillEvent::HandedOver {
+            fallbacks,
+            busy_us,
+        }) => Ok(PrefillEvent::HandedOver(Handover {
             path,
+            fallbacks: fallbacks.into_iter().map(path_fallback).collect(),
             bytes,
             exposed_us,
             reserve_us,
-        }),
+            busy_us,
+        })),
         Event::Failed(failed) => Err(work_failed(failed)),
     }
+}
+
+fn path_fallback(wire: v1::PathFallback) -> PathFallback {
+    let v1::PathFallback { from, to, reason } = wire;
+    PathFallback { from, to, reason }
 }
 
 fn decode_event(wire: v1::DecodeEvent) -> Result<DecodeEvent, Failure> {

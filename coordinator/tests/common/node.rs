@@ -324,6 +324,7 @@ impl Node for Server {
                         bytes: 99,
                         exposed_us: 3,
                         reserve_us: 2,
+                        ..v1::HandedOver::default()
                     };
                     let _ = say(Event::HandedOver(over)).await;
                 }

@@ -1,7 +1,7 @@
 //! What became of one request, as a picture for people and as JSON for programs. Pure.
 
 use baton_node_runtime::{format_bytes, format_duration};
-use baton_proto::v1::{FinishReason, Timeline, Usage};
+use baton_proto::v1::{FinishReason, PathFallback, Timeline, Usage};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -43,9 +43,18 @@ struct TimelineLine<'a> {
     cached_tokens: u32,
     handover_bytes: u64,
     handover_path: &'a str,
+    handover_gb_per_s: f64,
+    path_fallbacks: Vec<PathFallbackLine<'a>>,
     exposed_ms: f64,
     ttft_ms: f64,
     decode_ms_per_token: f64,
+}
+
+#[derive(Serialize)]
+struct PathFallbackLine<'a> {
+    from: &'a str,
+    to: &'a str,
+    reason: &'a str,
 }
 
 /// One line of JSON; times in milliseconds.
@@ -69,6 +78,8 @@ pub fn json(answer: &Answer, pids: &BTreeMap<String, u32>) -> serde_json::Result
             cached_tokens: timeline.cached_tokens,
             handover_bytes: timeline.handover_bytes,
             handover_path: &timeline.handover_path,
+            handover_gb_per_s: timeline.handover_bytes_per_second as f64 / 1e9,
+            path_fallbacks: timeline.path_fallbacks.iter().map(path_fallback).collect(),
             exposed_ms: ms(timeline.exposed_us),
             ttft_ms: ms(timeline.ttft_us),
             decode_ms_per_token: ms(timeline.decode_us_per_token),
@@ -114,9 +125,9 @@ pub fn picture(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
     let handover = match timeline.handover_bytes {
         0 => "none: one node does both".to_owned(),
         bytes => format!(
-            "{} of KV by {}; time not hidden behind compute",
+            "{} of KV over {}; time not hidden behind compute",
             format_bytes(bytes),
-            timeline.handover_path
+            paths(timeline)
         ),
     };
     row("hand-over", timeline.exposed_us, handover);
@@ -143,6 +154,39 @@ pub fn picture(answer: &Answer, pids: &BTreeMap<String, u32>) -> String {
         }
     );
     out
+}
+
+fn path_fallback(fallback: &PathFallback) -> PathFallbackLine<'_> {
+    let PathFallback { from, to, reason } = fallback;
+    PathFallbackLine { from, to, reason }
+}
+
+/// `shm`, `tcp at 1.2 GB/s`, or `rdma, then tcp (rdma failed: the link is down)`.
+fn paths(timeline: &Timeline) -> String {
+    let mut out = String::new();
+    for fallback in &timeline.path_fallbacks {
+        let _ = write!(out, "{}, then ", fallback.from);
+    }
+    out.push_str(&timeline.handover_path);
+    let rate = timeline.handover_bytes_per_second;
+    if rate > 0 {
+        let _ = write!(out, " at {}", format_rate(rate));
+    }
+    let whys = timeline.path_fallbacks.iter();
+    let whys: Vec<String> = whys.map(|why| format!("{} failed: {}", why.from, why.reason)).collect();
+    if !whys.is_empty() {
+        let _ = write!(out, " ({})", whys.join("; "));
+    }
+    out
+}
+
+/// Bytes per second, decimal, as networks count.
+pub fn format_rate(bytes_per_second: u64) -> String {
+    match bytes_per_second as f64 {
+        rate if rate >= 1e9 => format!("{:.1} GB/s", rate / 1e9),
+        rate if rate >= 1e6 => format!("{:.0} MB/s", rate / 1e6),
+        rate => format!("{:.0} kB/s", rate / 1e3),
+    }
 }
 
 /// As OpenAI and the gRPC door write it.
@@ -187,6 +231,7 @@ mod tests {
                 prefill_tokens: 36,
                 handover_bytes: 1_105_920,
                 handover_path: "tcp".to_owned(),
+                handover_bytes_per_second: 1_200_000_000,
                 exposed_us: 1_300,
                 ttft_us: 92_000,
                 decode_us_per_token: 20_000,
@@ -204,7 +249,7 @@ mod tests {
         let picture = picture(&answer(), &pids);
         for words in [
             "36 tokens on prefill-1 (process 7), 400 tokens/s",
-            "1.1 MiB of KV by tcp",
+            "1.1 MiB of KV over tcp at 1.2 GB/s;",
             "1.30 ms",
             "20.0 ms per token on decode-1 (process 8), 50 tokens/s",
             "first token after 92.0 ms",
@@ -214,6 +259,22 @@ mod tests {
         }
         let longest = picture.lines().map(|line| line.matches('█').count()).max();
         assert_eq!(longest, Some(40));
+    }
+
+    #[test]
+    fn a_fallback_is_shown_with_its_reason() {
+        let mut answer = answer();
+        answer.timeline.path_fallbacks = vec![PathFallback {
+            from: "rdma".to_owned(),
+            to: "tcp".to_owned(),
+            reason: "the link is down".to_owned(),
+        }];
+        let picture = picture(&answer, &BTreeMap::new());
+        let words = "over rdma, then tcp at 1.2 GB/s (rdma failed: the link is down);";
+        assert!(picture.contains(words), "{picture}");
+        let line = json(&answer, &BTreeMap::new()).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["timeline"]["path_fallbacks"][0]["from"], "rdma");
     }
 
     #[test]

@@ -30,6 +30,9 @@ impl From<KvDtypeFlag> for KvDtype {
     }
 }
 
+/// Offered unless the flag says otherwise. Never memory: the roles are processes of their own.
+const DEFAULT_PATHS: [PathKind; 3] = [PathKind::Shm, PathKind::Rdma, PathKind::Tcp];
+
 /// Flags that every node has.
 #[derive(Debug, Clone, clap::Args)]
 pub struct NodeOptions {
@@ -100,15 +103,28 @@ pub struct NodeOptions {
         help_heading = "Network"
     )]
     pub transfer_listen: SocketAddr,
-    /// By which transports hand-overs arrive, best first: tcp; memory between roles in one process
-    #[arg(
-        long,
-        value_name = "NAME,...",
-        value_delimiter = ',',
-        default_value = "tcp",
-        help_heading = "Network"
-    )]
+    /// Transports to send and receive hand-overs by: shm (same host), rdma, tcp, memory (roles within one process); the
+    /// sender takes the fastest that both ends have [default: shm, rdma and tcp, as far as build and host have them]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Network")]
     pub transports: Vec<PathKind>,
+    /// Send hand-overs by this transport only: fail rather than fall back to another
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    pub require_path: Option<PathKind>,
+    /// Do not check the CRC32C of each extent on tcp
+    #[arg(long, help_heading = "Network")]
+    pub no_crc: bool,
+    /// Check a digest of each whole hand-over before it is used, whatever the transport
+    #[arg(long, help_heading = "Network")]
+    pub transfer_digest: bool,
+    /// Data connections to each node that hand-overs are sent to
+    #[arg(long, value_name = "COUNT", default_value_t = 2, help_heading = "Network")]
+    pub transfer_connections: usize,
+    /// Bytes under way on one path at once; more wait, and the most urgent hand-over goes first
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "32MiB", help_heading = "Network")]
+    pub transfer_in_flight: u64,
+    /// RDMA devices to use, such as mlx5_0 [default: all that are active]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Network")]
+    pub rdma_device: Vec<String>,
     /// Prompt tokens computed in one step; a multiple of --block-tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 256, help_heading = "Scheduling")]
     pub chunk_tokens: usize,
@@ -186,6 +202,19 @@ impl NodeOptions {
             self.threads.to_string(),
             "at most 4096",
         )?;
+        check(
+            (1..=64).contains(&self.transfer_connections),
+            "--transfer-connections",
+            self.transfer_connections.to_string(),
+            "1 to 64",
+        )?;
+        check(
+            (64 << 10..=16 << 30).contains(&self.transfer_in_flight),
+            "--transfer-in-flight",
+            self.transfer_in_flight.to_string(),
+            "64KiB to 16GiB",
+        )?;
+        self.validate_paths()?;
         for (flag, listen) in [("--listen", self.listen), ("--transfer-listen", self.transfer_listen)] {
             let reachable = self.advertise.is_some() || !listen.ip().is_unspecified();
             check(
@@ -196,6 +225,37 @@ impl NodeOptions {
             )?;
         }
         Ok(())
+    }
+
+    /// Which transports there are is known before anything is loaded; whether this host has them, once they are started.
+    fn validate_paths(&self) -> Result<(), BringUpError> {
+        let refuse = |flag, value: String, expected: String| Err(BringUpError::Option { flag, value, expected });
+        let named = self.transports.iter().map(|path| ("--transports", path));
+        let required = self.require_path.iter().map(|path| ("--require-path", path));
+        if let Some((flag, path)) = named.chain(required).find(|(_, path)| !path.is_built()) {
+            let built: Vec<&str> = PathKind::ALL
+                .iter()
+                .filter(|path| path.is_built())
+                .map(|path| path.name())
+                .collect();
+            let how = match path {
+                PathKind::Rdma => "; rdma needs a build with `--features rdma`",
+                PathKind::Memory | PathKind::Tcp | PathKind::Shm | PathKind::Cuda => "",
+            };
+            return refuse(
+                flag,
+                path.to_string(),
+                format!("what this build has: {}{how}", built.join(", ")),
+            );
+        }
+        match self.require_path {
+            Some(path) if !self.transports.is_empty() && !self.transports.contains(&path) => refuse(
+                "--require-path",
+                path.to_string(),
+                format!("one of --transports, or {path} among those"),
+            ),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Requests that may be computed at once.
@@ -219,12 +279,23 @@ impl NodeOptions {
         }
     }
 
-    /// How hand-overs arrive.
+    /// How hand-overs are sent and arrive. Without `--transports`, what this host lacks is left out, save what is required.
     pub fn endpoint_options(&self) -> EndpointOptions {
+        let named = !self.transports.is_empty();
+        let mut transports = match named {
+            true => self.transports.clone(),
+            false => DEFAULT_PATHS.into_iter().filter(|path| path.is_built()).collect(),
+        };
+        transports.extend(self.require_path.filter(|path| !transports.contains(path)));
         EndpointOptions {
             listen: self.transfer_listen,
-            transports: self.transports.clone(),
+            transports,
+            skip_unavailable: !named,
+            require_path: self.require_path,
             advertise: self.advertise.clone(),
+            connections_per_peer: self.transfer_connections,
+            crc: !self.no_crc,
+            bytes_in_flight_max: usize::try_from(self.transfer_in_flight).unwrap_or(usize::MAX),
             reservation_lease: self.reservation_lease,
             ..EndpointOptions::default()
         }
@@ -270,6 +341,35 @@ mod tests {
         assert_eq!(refused(&["--running", "0"]), "--running");
         assert_eq!(refused(&["--listen", "0.0.0.0:0"]), "--listen");
         assert_eq!(refused(&["--listen", "0.0.0.0:0", "--advertise", "node1"]), "nothing");
+        assert_eq!(refused(&["--transfer-connections", "0"]), "--transfer-connections");
+        assert_eq!(refused(&["--transfer-in-flight", "1KiB"]), "--transfer-in-flight");
+        assert_eq!(refused(&["--transports", "tcp,cuda"]), "--transports");
+        assert_eq!(refused(&["--require-path", "cuda"]), "--require-path");
+        assert_eq!(
+            refused(&["--require-path", "memory", "--transports", "tcp"]),
+            "--require-path"
+        );
+        assert_eq!(refused(&["--require-path", "tcp"]), "nothing");
+        if !PathKind::Rdma.is_built() {
+            let error = parse(&["--require-path", "rdma"]).validate().unwrap_err().to_string();
+            assert!(
+                error.contains("--require-path") && error.contains("--features rdma"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn paths_are_what_the_build_has_unless_they_are_named() {
+        let all = parse(&[]).endpoint_options();
+        assert!(all.skip_unavailable && all.transports.contains(&PathKind::Tcp) && all.crc);
+        assert!(!all.transports.contains(&PathKind::Memory));
+        let named = parse(&["--transports", "tcp,memory", "--no-crc"]).endpoint_options();
+        assert_eq!(named.transports, [PathKind::Tcp, PathKind::Memory]);
+        assert!(!named.skip_unavailable && !named.crc);
+        let required = parse(&["--require-path", "memory"]).endpoint_options();
+        assert_eq!(required.require_path, Some(PathKind::Memory));
+        assert!(required.transports.contains(&PathKind::Memory));
     }
 
     #[test]

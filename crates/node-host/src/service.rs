@@ -1,6 +1,7 @@
 //! The gRPC service `baton.v1.Node`: wire forms in, wire forms out. What a request means is the role's business.
 
 use crate::host::Host;
+use baton_kv_transfer::{PathKind, PathStats};
 use baton_node_runtime::process;
 use baton_proto::v1::{self, node_server::Node};
 use baton_types::NodeState;
@@ -107,6 +108,25 @@ pub fn load(host: &Host, check_integrity: bool) -> v1::NodeLoad {
         handovers_out: count(transfer.handovers_out),
         handovers_in: count(transfer.handovers_in),
         integrity_faults: u32::from(fault.is_some()),
+        paths: transfer
+            .paths
+            .iter()
+            .map(|(kind, stats)| path_load(*kind, stats))
+            .collect(),
+    }
+}
+
+fn path_load(kind: PathKind, stats: &PathStats) -> v1::PathLoad {
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    v1::PathLoad {
+        path: kind.to_string(),
+        open: count(stats.open),
+        down: count(stats.down),
+        bytes_per_second: stats.bytes_per_second,
+        sent: stats.sent,
+        received: stats.received,
+        failed: stats.failed,
+        fallbacks: stats.fallbacks,
     }
 }
 

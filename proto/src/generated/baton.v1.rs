@@ -54,8 +54,19 @@ pub struct TokenAlternative {
     #[prost(float, tag = "2")]
     pub logprob: f32,
 }
-/// What became of one request, and when. All times are durations on one machine's clock.
+/// A hand-over went on over another path, because the one that it used failed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PathFallback {
+    #[prost(string, tag = "1")]
+    pub from: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub to: ::prost::alloc::string::String,
+    /// What was seen.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// What became of one request, and when. All times are durations on one machine's clock.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Timeline {
     /// Coordinator admission to the first chunk's compute, microseconds.
     #[prost(uint64, tag = "1")]
@@ -72,7 +83,7 @@ pub struct Timeline {
     /// Bytes of KV that crossed between nodes; 0 when one node did both.
     #[prost(uint64, tag = "5")]
     pub handover_bytes: u64,
-    /// memory, tcp, shm, rdma, cuda, or local when nothing was handed over.
+    /// memory, tcp, shm, rdma, cuda, or local when nothing was handed over. The last one, where there were fallbacks.
     #[prost(string, tag = "6")]
     pub handover_path: ::prost::alloc::string::String,
     /// From the last layer computed to decode's first step possible, microseconds.
@@ -93,9 +104,15 @@ pub struct Timeline {
     /// From the grant of the reservation (asked, answered), microseconds.
     #[prost(uint64, tag = "13")]
     pub reserve_us: u64,
-    /// Each fallback to another path or pair of nodes, in order.
+    /// Each fallback to another pair of nodes, in order.
     #[prost(string, repeated, tag = "14")]
     pub fallbacks: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Paths that failed under the hand-over, in order.
+    #[prost(message, repeated, tag = "15")]
+    pub path_fallbacks: ::prost::alloc::vec::Vec<PathFallback>,
+    /// What the path carried while it was at work for this hand-over; 0 where that was not measured.
+    #[prost(uint64, tag = "16")]
+    pub handover_bytes_per_second: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -901,6 +918,36 @@ pub struct NodeLoad {
     /// Blocks that integrity checking found in no or two states; anything but 0 is a bug.
     #[prost(uint32, tag = "12")]
     pub integrity_faults: u32,
+    /// The paths that this node hands over by.
+    #[prost(message, repeated, tag = "13")]
+    pub paths: ::prost::alloc::vec::Vec<PathLoad>,
+}
+/// One kind of path of a node.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PathLoad {
+    /// memory, tcp, shm, rdma, cuda
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Peers to which it is open for sending.
+    #[prost(uint32, tag = "2")]
+    pub open: u32,
+    /// Peers to which it failed, and is tried again later.
+    #[prost(uint32, tag = "3")]
+    pub down: u32,
+    /// Measured on large writes lately; 0 while nothing was measured.
+    #[prost(uint64, tag = "4")]
+    pub bytes_per_second: u64,
+    /// Hand-overs since start that were committed, sent and received.
+    #[prost(uint64, tag = "5")]
+    pub sent: u64,
+    #[prost(uint64, tag = "6")]
+    pub received: u64,
+    /// Attempts that failed, either direction.
+    #[prost(uint64, tag = "7")]
+    pub failed: u64,
+    /// Hand-overs that went on over another path because this one failed under them.
+    #[prost(uint64, tag = "8")]
+    pub fallbacks: u64,
 }
 /// Every block is in exactly one of these states.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1417,7 +1464,7 @@ pub struct FirstToken {
     pub prefill_tokens: u32,
 }
 /// The decode node has committed the blocks.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HandedOver {
     #[prost(string, tag = "1")]
     pub path: ::prost::alloc::string::String,
@@ -1427,6 +1474,12 @@ pub struct HandedOver {
     pub exposed_us: u64,
     #[prost(uint64, tag = "4")]
     pub reserve_us: u64,
+    /// Paths that failed under it, in order.
+    #[prost(message, repeated, tag = "5")]
+    pub fallbacks: ::prost::alloc::vec::Vec<PathFallback>,
+    /// The path was at work for it, microseconds.
+    #[prost(uint64, tag = "6")]
+    pub busy_us: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkFailed {

@@ -1,6 +1,6 @@
 //! Between the wire and [`crate::Frontend`].
 
-use crate::{ApiCode, ApiError, Chunk, Finished, GenerateInput, PromptInput, Timeline};
+use crate::{ApiCode, ApiError, Chunk, Finished, GenerateInput, PathFallback, PromptInput, Timeline};
 use baton_proto::v1;
 use baton_text::Message;
 use baton_types::{RequestId, SamplingParams};
@@ -130,7 +130,14 @@ fn timeline(timeline: Timeline) -> v1::Timeline {
         attempts: timeline.attempts,
         reserve_us: timeline.reserve_us,
         fallbacks: timeline.fallbacks,
+        path_fallbacks: timeline.path_fallbacks.into_iter().map(path_fallback).collect(),
+        handover_bytes_per_second: timeline.handover_bytes_per_second,
     }
+}
+
+fn path_fallback(fallback: PathFallback) -> v1::PathFallback {
+    let PathFallback { from, to, reason } = fallback;
+    v1::PathFallback { from, to, reason }
 }
 
 #[cfg(test)]

@@ -1,10 +1,13 @@
 //! `baton status`: the nodes of a running cluster, as a table or as JSON.
 
 use crate::endpoint::{EndpointOptions, explain};
+use crate::timeline::format_rate;
 use anyhow::{Context, Result, anyhow};
 use baton_node_runtime::format_bytes;
 use baton_proto::v1::admin_client::AdminClient;
-use baton_proto::v1::{BlockCounts, ClusterStatusRequest, ClusterStatusResponse, NodeRole, NodeStatus, ProcessStatus};
+use baton_proto::v1::{
+    BlockCounts, ClusterStatusRequest, ClusterStatusResponse, NodeRole, NodeStatus, PathLoad, ProcessStatus,
+};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -54,6 +57,12 @@ fn json(status: &ClusterStatusResponse) -> Value {
             "quarantined": b.quarantined,
         })
     };
+    let path = |path: &PathLoad| {
+        json!({
+            "path": path.path, "open": path.open, "down": path.down, "bytes_per_second": path.bytes_per_second,
+            "sent": path.sent, "received": path.received, "failed": path.failed, "fallbacks": path.fallbacks,
+        })
+    };
     let node = |node: &NodeStatus| {
         let load = node.load.as_ref();
         let errors = load.map(|load| &load.last_errors).into_iter().flatten();
@@ -75,6 +84,7 @@ fn json(status: &ClusterStatusResponse) -> Value {
             "running_requests": load.map(|load| load.running_requests),
             "handovers_out": load.map(|load| load.handovers_out),
             "handovers_in": load.map(|load| load.handovers_in),
+            "paths": load.map(|load| load.paths.iter().map(path).collect::<Vec<_>>()),
             "prefill_tokens_per_s": load.map(|load| load.prefill_tokens_per_s),
             "decode_step_us": load.map(|load| load.decode_step_us),
             "integrity_faults": load.map(|load| load.integrity_faults),
@@ -94,7 +104,7 @@ fn json(status: &ClusterStatusResponse) -> Value {
     })
 }
 
-const HEAD: [&str; 15] = [
+const HEAD: [&str; 16] = [
     "NODE",
     "ROLE",
     "STATE",
@@ -110,6 +120,7 @@ const HEAD: [&str; 15] = [
     "HEARTBEAT",
     "PID",
     "MEMORY",
+    "PATHS",
 ];
 
 fn table(status: &ClusterStatusResponse, address: &str) -> String {
@@ -134,7 +145,7 @@ fn table(status: &ClusterStatusResponse, address: &str) -> String {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             // Names to the left, figures to the right.
-            let _ = if column < 4 {
+            let _ = if column < 4 || column == HEAD.len() - 1 {
                 write!(line, "{cell:<width$}  ")
             } else {
                 write!(line, "{cell:>width$}  ")
@@ -189,7 +200,20 @@ fn row(node: &NodeStatus) -> [String; HEAD.len()] {
         format!("{} ms", node.heartbeat_age_ms),
         process.pid.to_string(),
         format_bytes(process.resident_bytes),
+        load.paths.iter().map(path).collect::<Vec<_>>().join(", "),
     ]
+}
+
+/// `shm 4.1 GB/s, tcp DOWN to 1`: what is used or was, and what is down.
+fn path(path: &PathLoad) -> String {
+    let mut out = path.path.clone();
+    if path.bytes_per_second > 0 {
+        let _ = write!(out, " {}", format_rate(path.bytes_per_second));
+    }
+    if path.down > 0 {
+        let _ = write!(out, " DOWN to {}", path.down);
+    }
+    out
 }
 
 #[cfg(test)]
@@ -210,6 +234,18 @@ mod tests {
             queued_requests: 3,
             queue_capacity: 64,
             running_requests: 2,
+            paths: vec![
+                PathLoad {
+                    path: "shm".to_owned(),
+                    bytes_per_second: 4_100_000_000,
+                    ..PathLoad::default()
+                },
+                PathLoad {
+                    path: "tcp".to_owned(),
+                    down: 1,
+                    ..PathLoad::default()
+                },
+            ],
             last_errors: vec![NodeError {
                 age_ms: 2500,
                 message: "peer gone".to_owned(),
@@ -242,6 +278,7 @@ mod tests {
             "QUARANTINED",
             "2 s ago: peer gone",
             "DOES NOT ANSWER",
+            "shm 4.1 GB/s, tcp DOWN to 1",
         ] {
             assert!(table.contains(words), "`{words}` is not in:\n{table}");
         }
@@ -254,6 +291,7 @@ mod tests {
         let value = json(&status());
         assert_eq!(value["nodes"][0]["blocks"]["reserved"], 2);
         assert_eq!(value["nodes"][0]["role"], "decode");
+        assert_eq!(value["nodes"][0]["paths"][1]["down"], 1);
         assert_eq!(value["nodes"][0]["last_errors"][0]["message"], "peer gone");
     }
 }
