@@ -100,8 +100,9 @@ impl PathKind {
     /// This build has it.
     pub fn is_built(self) -> bool {
         match self {
-            Self::Memory | Self::Tcp => true,
-            Self::Shm | Self::Rdma | Self::Cuda => false,
+            Self::Memory | Self::Tcp | Self::Shm => true,
+            Self::Rdma => cfg!(feature = "rdma"),
+            Self::Cuda => false,
         }
     }
 

@@ -17,6 +17,8 @@ pub struct EndpointOptions {
     pub skip_unavailable: bool,
     /// Send over this kind of path only, and fail where it cannot be had. It must be among `transports`.
     pub require_path: Option<PathKind>,
+    /// RDMA devices to use by name; all that are active where none is named.
+    pub rdma_devices: Vec<String>,
     /// Data connections per pair of processes.
     pub connections_per_peer: usize,
     /// Check each extent's CRC32C on tcp.
@@ -34,7 +36,7 @@ pub struct EndpointOptions {
     pub connect_timeout: Duration,
     /// Bound on each step of the peer: an answer to a control message, a write's way into the wire.
     pub progress_timeout: Duration,
-    /// Bytes queued on one path before pushes wait.
+    /// Bytes under way on one path at once; what is more waits for its turn.
     pub bytes_in_flight_max: usize,
     /// Hand-overs at once, each direction.
     pub handovers_max: usize,
@@ -50,6 +52,7 @@ impl Default for EndpointOptions {
             transports: vec![PathKind::Tcp],
             skip_unavailable: false,
             require_path: None,
+            rdma_devices: Vec::new(),
             connections_per_peer: 2,
             crc: true,
             digest: false,
@@ -58,7 +61,7 @@ impl Default for EndpointOptions {
             quarantine_share: 0.25,
             connect_timeout: Duration::from_secs(1),
             progress_timeout: Duration::from_secs(10),
-            bytes_in_flight_max: 64 << 20,
+            bytes_in_flight_max: 32 << 20,
             handovers_max: 4096,
             keep_alive: Duration::from_secs(2),
         }

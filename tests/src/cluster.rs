@@ -157,6 +157,11 @@ impl Cluster {
         self.options.coordinator_flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     }
 
+    /// More flags for nodes that are started from now on.
+    pub fn set_node_flags(&mut self, flags: &[&str]) {
+        self.options.node_flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+    }
+
     /// `--store` of its nodes.
     pub fn store(&self) -> Result<String> {
         store_flag(&self.options, Some(&self.coordinator))

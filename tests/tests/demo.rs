@@ -55,7 +55,7 @@ async fn demo_answers_through_three_processes_and_ends() -> Result<()> {
         ensure!(timeline[field].is_number(), "timeline.{field} is missing: {last}");
     }
     ensure!(
-        timeline["handover_path"] == "tcp" && timeline["handover_bytes"].as_u64() > Some(0),
+        timeline["handover_path"] == "shm" && timeline["handover_bytes"].as_u64() > Some(0),
         "{last}"
     );
     ensure!(timeline["prefill_tokens"].as_u64() > Some(5), "{last}");
@@ -71,7 +71,7 @@ async fn demo_answers_through_three_processes_and_ends() -> Result<()> {
     let output = demo(&["--model", &model, "--max-tokens", "8", "Name a colour."]).await?;
     let out = String::from_utf8_lossy(&output.stdout).to_lowercase();
     ensure!(output.status.success());
-    for word in ["queue", "prefill", "hand-over", "tcp", "decode"] {
+    for word in ["queue", "prefill", "hand-over", "over shm", "decode"] {
         ensure!(out.contains(word), "`{word}` is not in the printed timeline: {out}");
     }
     Ok(())

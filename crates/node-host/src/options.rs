@@ -295,6 +295,7 @@ impl NodeOptions {
             advertise: self.advertise.clone(),
             connections_per_peer: self.transfer_connections,
             crc: !self.no_crc,
+            rdma_devices: self.rdma_device.clone(),
             bytes_in_flight_max: usize::try_from(self.transfer_in_flight).unwrap_or(usize::MAX),
             reservation_lease: self.reservation_lease,
             ..EndpointOptions::default()

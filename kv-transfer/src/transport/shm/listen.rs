@@ -4,7 +4,7 @@ use super::connect::connect;
 use super::map::{SharedWords, readable};
 use super::receive::{Intake, Receiver, Signals};
 use super::ring::{Consumer, WORDS};
-use super::socket::{Answer, Bell, Refusal, host_id, is_handle_of, receive_hello, send};
+use super::socket::{Answer, Bell, Refusal, host_id, is_handle_of, receive_hello, send, socket_name};
 use crate::arena::Arena;
 use crate::transport::local::check_same;
 use crate::transport::tcp::wire::{Hello, Verdict, WireError};
@@ -122,6 +122,10 @@ impl Transport for ShmTransport {
 
     fn address(&self) -> String {
         self.0.address.clone()
+    }
+
+    fn reaches(&self, address: &str) -> bool {
+        socket_name(address, &self.0.host).is_ok()
     }
 
     fn connect(&self, peer: &Peer, address: &str) -> BoxFuture<'_, Result<Arc<dyn Path>, ConnectError>> {
