@@ -201,10 +201,10 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
     )?;
     memory.end().await?;
 
-    for chunk in ["16", "64", "512"] {
-        let options = ClusterOptions::pair(&model).node_flags(&["--chunk-tokens", chunk]);
-        let pair = Cluster::start(options).await?;
-        let name = format!("handed over by tcp, chunks of {chunk}");
+    for (transport, chunk) in [("tcp", "16"), ("tcp", "64"), ("tcp", "512"), ("shm", "256")] {
+        let flags = ["--transports", transport, "--chunk-tokens", chunk];
+        let pair = Cluster::start(ClusterOptions::pair(&model).node_flags(&flags)).await?;
+        let name = format!("handed over by {transport}, chunks of {chunk}");
         compare(&name, &reference, &run(&pair, &asks, 1).await?)?;
         if chunk == "64" {
             compare(
