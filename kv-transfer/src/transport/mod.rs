@@ -10,6 +10,8 @@ mod local;
 mod memory;
 mod metric;
 mod raw;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod shm;
 pub(crate) mod tcp;
 mod writers;
@@ -21,5 +23,7 @@ pub use contract::{
 pub use local::Local;
 pub use memory::{MemoryNetwork, MemoryOptions, MemoryTransport, NameTaken};
 pub(crate) use raw::Still;
+#[cfg(feature = "rdma")]
+pub use rdma::{RdmaError, RdmaOptions, RdmaTransport};
 pub use shm::{ShmOptions, ShmTransport};
 pub use tcp::{TcpOptions, TcpTransport};

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use super::{Claim, Extent, ExtentHeader, PathError, Reject, SourceClaim};
-use baton_types::{ArenaView, Epoch};
+use baton_types::{ArenaView, BlockId, Epoch};
 use crc_fast::{CrcAlgorithm, Digest};
 use std::io;
 use std::marker::PhantomData;
@@ -25,6 +25,7 @@ pub(super) const PARTS_MAX: usize = 1024;
 pub(super) struct Source {
     start: NonNull<u8>,
     header: ExtentHeader,
+    destination: BlockId,
     _claim: SourceClaim,
     _arena: ArenaView,
 }
@@ -45,7 +46,7 @@ impl Source {
             ordinal,
             layers,
             source,
-            destination: _,
+            destination,
             claim,
         } = extent;
         if layers.is_empty() || layers.end > geometry.layers {
@@ -72,6 +73,7 @@ impl Source {
         Ok(Self {
             start,
             header,
+            destination,
             _claim: claim,
             _arena: arena.clone(),
         })
@@ -83,6 +85,12 @@ impl Source {
 
     pub(super) fn len(&self) -> usize {
         self.header.len as usize
+    }
+
+    /// Where it lies in this process, and which block of the receiver it goes to: what one-sided hardware is told.
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code))]
+    pub(super) fn places(&self) -> (u64, BlockId) {
+        (self.start.as_ptr() as u64, self.destination)
     }
 
     /// CRC32C of all of it.

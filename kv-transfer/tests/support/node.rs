@@ -45,6 +45,11 @@ pub trait Kind: Send + Sync {
     fn one_sided(&self) -> bool {
         false
     }
+
+    /// Bytes are emulated: what only repeats is done less often.
+    fn slow(&self) -> bool {
+        false
+    }
 }
 
 /// The memory transport.
@@ -91,6 +96,8 @@ pub struct NodeOptions {
     pub bytes_in_flight_max: usize,
     pub crc: bool,
     pub fingerprint: ModelFingerprint,
+    /// It is the receiver: some transports have one device for each end.
+    pub receives: bool,
 }
 
 impl NodeOptions {
@@ -102,6 +109,15 @@ impl NodeOptions {
             bytes_in_flight_max: 8 << 20,
             crc: true,
             fingerprint: ModelFingerprint([7; 32]),
+            receives: false,
+        }
+    }
+
+    /// The same for the other end.
+    pub fn of_receiver(&self) -> Self {
+        Self {
+            receives: true,
+            ..self.clone()
         }
     }
 }

@@ -29,7 +29,7 @@ const ITEMS: [&str; 7] = ["fn", "impl", "struct", "enum", "trait", "union", "mac
 const PREFIXES: [&str; 6] = ["pub", "async", "const", "unsafe", "extern", "default"];
 
 /// The only files with unsafe code: those that wrap mapped memory, raw socket calls and SIMD, and tests that look into arenas.
-const UNSAFE: [&str; 22] = [
+const UNSAFE: [&str; 26] = [
     "bench/src/bin/transfer/pool.rs",
     "crates/engine/src/backend/cpu/arena.rs",
     "crates/engine/src/backend/cpu/kernels/attention.rs",
@@ -47,6 +47,10 @@ const UNSAFE: [&str; 22] = [
     "crates/types/src/arena.rs",
     "kv-transfer/src/arena.rs",
     "kv-transfer/src/transport/raw.rs",
+    "kv-transfer/src/transport/rdma/verbs/context.rs",
+    "kv-transfer/src/transport/rdma/verbs/memory.rs",
+    "kv-transfer/src/transport/rdma/verbs/queue.rs",
+    "kv-transfer/src/transport/rdma/verbs/work.rs",
     "kv-transfer/src/transport/shm/copy.rs",
     "kv-transfer/src/transport/shm/map.rs",
     "kv-transfer/tests/nodes/mod.rs",
