@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod processes;
+#[cfg(feature = "rdma")]
+mod rdma_link;
 mod support;
 
 use baton_kv_transfer::transport::{ConnectError, Extent, Path, PathError, Reject, SourceClaim};

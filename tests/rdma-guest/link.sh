@@ -13,3 +13,4 @@ link_heal() {
     ip route replace 10.99.0.2 dev v0 src 10.99.0.1 table 102
     ip route replace 10.99.0.1 dev v1 src 10.99.0.2 table 101
 }
+link_lose() { tc qdisc replace dev v0 root netem loss "$1"; }

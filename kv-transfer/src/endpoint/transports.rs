@@ -5,6 +5,7 @@ use crate::transport::{
 };
 use crate::{EndpointOptions, PathKind, StartError};
 use futures::future::join_all;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Starts them in order. With `skip_unavailable`, those that this host cannot have are left out.
@@ -73,20 +74,13 @@ async fn start_transport(
                 reason: error.to_string(),
             })?))
         }
-        PathKind::Rdma | PathKind::Cuda => Err(StartError::NotBuilt { path }),
+        PathKind::Rdma => start_rdma(options, local).await,
+        PathKind::Cuda => Err(StartError::NotBuilt { path }),
     }
 }
 
 async fn start_tcp(options: &EndpointOptions, local: Local) -> Result<Arc<dyn Transport>, StartError> {
-    let mut address = options.listen;
-    address.set_port(match address.port() {
-        0 => 0,
-        port => port.checked_add(1).ok_or(StartError::Option {
-            option: "transfer_listen",
-            value: address.to_string(),
-            reason: "tcp data comes to the port after it",
-        })?,
-    });
+    let address = listen_behind(options, 1)?;
     let tcp = TcpOptions {
         listen: address,
         advertise: options.advertise.clone(),
@@ -100,4 +94,48 @@ async fn start_tcp(options: &EndpointOptions, local: Local) -> Result<Arc<dyn Tr
     Ok(Arc::new(
         bound.map_err(|source| StartError::Listen { address, source })?,
     ))
+}
+
+/// The address so many ports after that of control; any port where that has any.
+fn listen_behind(options: &EndpointOptions, ports: u16) -> Result<SocketAddr, StartError> {
+    let mut address = options.listen;
+    address.set_port(match address.port() {
+        0 => 0,
+        port => port.checked_add(ports).ok_or(StartError::Option {
+            option: "transfer_listen",
+            value: address.to_string(),
+            reason: "tcp data comes to the port after it, the rendezvous of rdma to the one after that",
+        })?,
+    });
+    Ok(address)
+}
+
+#[cfg(feature = "rdma")]
+async fn start_rdma(options: &EndpointOptions, local: Local) -> Result<Arc<dyn Transport>, StartError> {
+    use crate::transport::{RdmaError, RdmaOptions, RdmaTransport};
+    let rdma = RdmaOptions {
+        listen: listen_behind(options, 2)?,
+        advertise: options.advertise.clone(),
+        devices: options.rdma_devices.clone(),
+        connections_per_peer: options.connections_per_peer,
+        connect_timeout: options.connect_timeout,
+        progress_timeout: options.progress_timeout,
+        bytes_in_flight_max: options.bytes_in_flight_max,
+        receives: RdmaOptions::RECEIVES,
+        region_bytes_max: u64::MAX,
+        dma_buf: None,
+    };
+    let started = RdmaTransport::start(rdma, local).await;
+    Ok(Arc::new(started.map_err(|error| match error {
+        RdmaError::Listen { address, source } => StartError::Listen { address, source },
+        RdmaError::Device { reason } => StartError::Transport {
+            path: PathKind::Rdma,
+            reason,
+        },
+    })?))
+}
+
+#[cfg(not(feature = "rdma"))]
+async fn start_rdma(_: &EndpointOptions, _: Local) -> Result<Arc<dyn Transport>, StartError> {
+    Err(StartError::NotBuilt { path: PathKind::Rdma })
 }

@@ -86,6 +86,36 @@ async fn transport(options: &Options, local: Local) -> Result<Arc<dyn Transport>
             };
             Arc::new(TcpTransport::bind(options, local).await?)
         }
-        kind @ (PathKind::Shm | PathKind::Rdma | PathKind::Cuda) => bail!("this build has no {kind} transport"),
+        PathKind::Rdma => rdma(options, connections_per_peer, local).await?,
+        kind @ (PathKind::Shm | PathKind::Cuda) => bail!("this build has no {kind} transport"),
     })
+}
+
+#[cfg(feature = "rdma")]
+async fn rdma(options: &Options, connections_per_peer: usize, local: Local) -> Result<Arc<dyn Transport>> {
+    use crate::options::Role;
+    use baton_kv_transfer::transport::{RdmaOptions, RdmaTransport};
+    let defaults = EndpointOptions::default();
+    let device = match options.role {
+        Role::Initiator => options.devices.first(),
+        Role::Target => options.devices.last(),
+    };
+    let options = RdmaOptions {
+        listen: SocketAddr::new(options.host, 0),
+        advertise: None,
+        devices: device.into_iter().cloned().collect(),
+        connections_per_peer,
+        connect_timeout: std::time::Duration::from_secs(10),
+        progress_timeout: defaults.progress_timeout,
+        bytes_in_flight_max: defaults.bytes_in_flight_max,
+        receives: RdmaOptions::RECEIVES,
+        region_bytes_max: u64::MAX,
+        dma_buf: None,
+    };
+    Ok(Arc::new(RdmaTransport::start(options, local).await?))
+}
+
+#[cfg(not(feature = "rdma"))]
+async fn rdma(_: &Options, _: usize, _: Local) -> Result<Arc<dyn Transport>> {
+    bail!("this build has no rdma transport: build it with `--features rdma`")
 }

@@ -76,6 +76,9 @@ pub struct Options {
     /// The address that the target listens on, without a port (tcp and rdma).
     #[arg(long, default_value = "127.0.0.1")]
     pub host: std::net::IpAddr,
+    /// The rdma devices of the initiator and of the target; all of them where none is named.
+    #[arg(long, value_delimiter = ',')]
+    pub devices: Vec<String>,
     /// Lines of JSON instead of a table.
     #[arg(long)]
     pub json: bool,

@@ -181,9 +181,9 @@ impl Drop for PairWatch {
 /// addresses tells; among equals, by turns.
 pub(super) fn nearest(ports: &[(usize, Port)], peer: &[u8; 16], turn: usize) -> Option<(usize, Port)> {
     let common = |port: &Port| {
-        let differ = port.gid.iter().zip(peer).map(|(a, b)| (a ^ b).leading_zeros());
+        let mut differ = port.gid.iter().zip(peer).map(|(a, b)| (a ^ b).leading_zeros());
         let whole = differ.clone().take_while(|bits| *bits == 8).count();
-        whole as u32 * 8 + differ.skip(whole).next().unwrap_or(0)
+        whole as u32 * 8 + differ.nth(whole).unwrap_or(0)
     };
     // Beyond 120 bits they are neighbours all the same: /24 of an IPv4 network.
     let rank = |port: &Port| common(port).min(120);

@@ -380,8 +380,12 @@ fn judge(shared: &Shared, hello: &Hello) -> Result<Vec<Receiver>, (Verdict, &'st
 }
 
 fn enter(shared: &Shared, instance: Instance) -> Result<WriterEntry, (Verdict, &'static str)> {
-    shared.writers.enter(instance).map_err(|no_entry| match no_entry {
-        NoEntry::Full => (Verdict::Full, "there are too many data connections"),
-        NoEntry::ShuttingDown => (Verdict::Refused, "this transport is shutting down"),
-    })
+    shared
+        .writers
+        .enter_unless_leaving(instance)
+        .map_err(|no_entry| match no_entry {
+            NoEntry::Full => (Verdict::Full, "there are too many data connections"),
+            NoEntry::Leaving => (Verdict::Refused, "its earlier connections are still being ended"),
+            NoEntry::ShuttingDown => (Verdict::Refused, "this transport is shutting down"),
+        })
 }

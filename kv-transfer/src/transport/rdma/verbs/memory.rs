@@ -160,7 +160,7 @@ impl Region {
     ) -> Result<Self, VerbsError> {
         let mut access = ffi::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE;
         if remote {
-            access = access | ffi::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE;
+            access |= ffi::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE;
         }
         let access = i32::try_from(access.0).expect("access flags are small");
         let (memory, descriptor, registered, registration) = match memory {
