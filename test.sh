@@ -49,8 +49,13 @@ if ! target/test-venv/bin/python -c 'import openai, grpc_tools' >/dev/null 2>&1;
     target/test-venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/python/requirements.txt
 fi
 
+stage "hardware"
+features=$(tests/hardware.sh)
+
 stage "build"
-cargo build --workspace --bins --tests --locked
+# One selection of packages and features for build and run: another would build all dependencies again.
+# shellcheck disable=SC2086 # words on purpose
+cargo build --workspace $features --bins --tests --locked
 
 stage "model"
 if [ -f ../shared/models/SmolLM2-135M-Instruct.Q4_1.gguf ]; then
@@ -61,6 +66,6 @@ fi
 export BATON_TEST_MODEL BATON_TEST_LONG=$long
 
 stage "tests"
-# One selection of packages for build and run: another would mean other features, and all dependencies built again.
-cargo test --workspace --locked --no-fail-fast -- --test-threads 2
+# shellcheck disable=SC2086
+cargo test --workspace $features --locked --no-fail-fast -- --test-threads 2
 stage ""

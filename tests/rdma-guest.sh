@@ -100,7 +100,9 @@ files=()
 case "$mode" in
     run) script=$1; shift; files=("$@") ;;
     suite)
-        read -ra build <<<"${RDMA_GUEST_BUILD:-$(cat "$here/selection")}"
+        hardware=$(tests/hardware.sh)
+        [ -n "$hardware" ] || cannot "the rdma feature cannot be built"
+        read -ra build <<<"${RDMA_GUEST_BUILD:---workspace $hardware}"
         suite=$(CARGO_INCREMENTAL=0 cargo test "${build[@]}" --no-run --locked --message-format json 2>"$work/cargo" |
             sed -n 's/.*"target":{[^}]*"name":"conformance".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
         [ -x "$suite" ] || { cat "$work/cargo" >&2; echo "rdma-guest: the suite does not build" >&2; exit 1; }
@@ -161,7 +163,7 @@ timeout "${RDMA_GUEST_SECONDS:-300}" qemu-system-x86_64 -M q35 -accel tcg,thread
     -append "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr audit=0 no_timer_check tsc=unstable clocksource=hpet" \
     </dev/null >"$log" 2>&1 &
 qemu=$!
-tail -n +1 -f --pid="$qemu" -s 0.2 "$log" | tr -d '\r' | sed -u 's/^/  | /'
+tail -n +1 -f --pid="$qemu" -s 0.2 "$log" | sed -u 's/\r$//; s/^/  | /'
 status=0
 wait "$qemu" || status=$?
 qemu=

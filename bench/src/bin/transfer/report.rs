@@ -147,7 +147,7 @@ impl Line {
             blocks: rounds.bytes / case.bytes,
             rounds: counted.len(),
             rounds_noisy: rounds.len() - rounds.quiet(),
-            gbps: rounded(median(&speeds), 3),
+            gbps: rounded(median(&speeds), 5),
             gbps_min: rounded(at(&speeds, 0.0), 3),
             gbps_max: rounded(speeds.last().copied().unwrap_or(0.0), 3),
             lat_us_p50: rounded(at(&latencies, 0.5), 1),

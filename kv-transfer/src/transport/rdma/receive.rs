@@ -81,8 +81,8 @@ impl Receiver {
     /// Receives until the connection ends, for whatever reason; then destroys the queue pair.
     pub(super) async fn run(mut self) {
         let Err(end) = self.receive().await;
-        // What the writer was told is written is here: it counts, unless this side ends the connection.
-        if matches!(end, End::Over) {
+        // What the writer was told is written is here: it counts, unless this side or a broken protocol ends the connection.
+        if matches!(end, End::Over | End::DeviceFailed) {
             self.last_notifications();
         }
         self.over.cancel();
