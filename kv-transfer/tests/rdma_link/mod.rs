@@ -39,12 +39,12 @@ async fn connect(writer: &Node, receiver: &Node) -> Arc<dyn Path> {
 
 async fn cut(how: &str) {
     let Some(kind) = Rdma::here() else { return };
+    link("link_heal");
     let options = NodeOptions {
         bytes_in_flight_max: 4 << 20,
         ..NodeOptions::new(geometry(4, 64 << 10), 64)
     };
     let (writer, receiver) = pair(&kind, &options).await;
-    receiver.book.grant(EPOCH, writer.instance(), ids(0..64));
     let path = connect(&writer, &receiver).await;
     let claim = claim();
     let extents = |to: &[BlockId]| {
@@ -52,36 +52,43 @@ async fn cut(how: &str) {
         all.map(|(to, i)| writer.extent(i, 0..4, BlockId(i), *to, &claim))
             .collect()
     };
-    let write = tokio::spawn(path.write(EPOCH, extents(&ids(0..64))));
-    receiver.book.wait_arrived(EPOCH, 32).await;
-    link(&format!("link_cut {how}"));
-    let begun = Instant::now();
-    let ended = tokio::time::timeout(BOUND, write)
-        .await
-        .expect("a cut link ends the write")
-        .unwrap();
-    println!("{how}: {ended:?} after {:?}", begun.elapsed());
-    assert!(matches!(ended, Err(PathError::Lost { .. })), "{ended:?}");
+    // One hand-over after the other, so that the cut comes into the middle of one however long it takes to make.
+    let write = async {
+        for epoch in 1.. {
+            receiver.book.grant(Epoch(epoch), writer.instance(), ids(0..64));
+            if let Err(error) = path.write(Epoch(epoch), extents(&ids(0..64))).await {
+                return (epoch, error);
+            }
+        }
+        unreachable!("a cut link ends the path")
+    };
+    let cutting = async {
+        while receiver.book.claims_ever() < 16 {
+            tokio::task::yield_now().await;
+        }
+        let command = format!("link_cut {how}");
+        tokio::task::spawn_blocking(move || link(&command)).await.unwrap();
+        Instant::now()
+    };
+    let both = futures::future::join(write, cutting);
+    let ended = tokio::time::timeout(2 * BOUND, both).await;
+    let ((epoch, error), cut) = ended.expect("a cut link ends the path");
+    println!("{how}: in hand-over {epoch}: {error} within {:?}", cut.elapsed());
+    assert!(matches!(error, PathError::Lost { .. }), "{error:?}");
     path.close().await;
     assert_free(&claim);
     // Proof, whatever the receiver's device noticed: its queue pairs are destroyed.
     receiver.transport.disconnect_instance(writer.instance()).await;
     let closed = |events: &[Event]| events.iter().filter(|event| matches!(event, Event::Closed(_))).count();
     assert_eq!(closed(&receiver.book.events()), 2);
-    for (ordinal, layer) in receiver.book.arrived(EPOCH) {
-        let block = BlockId(ordinal);
-        assert!(
-            receiver.layer(block, layer) == writer.layer(block, layer),
-            "{block:?} is torn"
-        );
-    }
 
     link("link_heal");
     let path = connect(&writer, &receiver).await;
     let to = scattered(64);
-    receiver.book.grant(Epoch(2), writer.instance(), to.clone());
-    path.write(Epoch(2), extents(&to)).await.unwrap();
-    receiver.book.wait_arrived(Epoch(2), 256).await;
+    let again = Epoch(epoch + 1);
+    receiver.book.grant(again, writer.instance(), to.clone());
+    path.write(again, extents(&to)).await.unwrap();
+    receiver.book.wait_arrived(again, 256).await;
     let expected: Vec<_> = to.iter().zip(0..).map(|(to, i)| (*to, BlockId(i), 0..4)).collect();
     receiver.assert_holds(&writer, &expected);
     assert_free(&claim);
@@ -107,6 +114,7 @@ async fn cut_without_a_word() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn lost_packets_are_sent_again() {
     let Some(kind) = Rdma::here() else { return };
+    link("link_heal");
     let (writer, receiver) = pair(&kind, &NodeOptions::new(geometry(2, 32 << 10), 32)).await;
     receiver.book.grant(EPOCH, writer.instance(), scattered(32));
     let path = connect(&writer, &receiver).await;
@@ -130,6 +138,7 @@ async fn lost_packets_are_sent_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn slots_are_bound_again_after_all_were() {
     let Some(kind) = Rdma::here() else { return };
+    link("link_heal");
     let options = NodeOptions {
         connections: 1,
         ..NodeOptions::new(geometry(1, 64), 8)

@@ -175,14 +175,14 @@ async fn meet(shared: &Shared, wanted: Instance, address: &str, host: &str) -> R
         &fingerprint.map_err(senseless)?,
         &geometry.map_err(senseless)?,
     )?;
+    if ends.is_empty() {
+        return Err(broken("no rdma device of this node has an active port"));
+    }
     match Verdict::of(theirs.verdict) {
         Some(Verdict::Accepted) => {}
         Some(Verdict::Full) => return Err(broken("the receiver has too many connections")),
         Some(Verdict::NoDevice) => return Err(broken("the receiver has no rdma device that works now")),
         Some(Verdict::Refused) | None => return Err(broken("the receiver refused without a reason")),
-    }
-    if ends.is_empty() {
-        return Err(broken("no rdma device of this node has an active port"));
     }
     if theirs.ends.len() != ends.len() {
         return Err(broken("the answer makes no sense"));
