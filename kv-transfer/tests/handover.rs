@@ -238,12 +238,18 @@ async fn both_ways_between_one_pair() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn peers_that_cannot_understand_each_other_name_the_field() {
-    let d = Node::start(PathKind::Tcp, 4).await;
+    for path in [PathKind::Memory, PathKind::Shm, PathKind::Tcp] {
+        cannot_understand(path).await;
+    }
+}
+
+async fn cannot_understand(path: PathKind) {
+    let d = Node::start(path, 4).await;
     let other_geometry = KvGeometry {
         head_dim: 32,
         ..GEOMETRY
     };
-    let p = Node::with(options(PathKind::Tcp), identity(other_geometry), 4).await;
+    let p = Node::with(options(path), identity(other_geometry), 4).await;
     match p.open(&d, Ticket::random(), 4).reserve().await {
         Err(TransferError::Refused { field, ours, theirs }) => {
             assert_eq!(
@@ -255,7 +261,7 @@ async fn peers_that_cannot_understand_each_other_name_the_field() {
     }
     let mut other_model = identity(GEOMETRY);
     other_model.fingerprint = ModelFingerprint([8; 32]);
-    let q = Node::with(options(PathKind::Tcp), other_model, 4).await;
+    let q = Node::with(options(path), other_model, 4).await;
     let error = q.open(&d, Ticket::random(), 4).reserve().await.unwrap_err();
     assert!(
         matches!(&error, TransferError::Refused { field, .. } if field == "fingerprint"),
@@ -266,7 +272,7 @@ async fn peers_that_cannot_understand_each_other_name_the_field() {
     // Other arithmetic and another build are no obstacle.
     let mut other_build = identity(GEOMETRY);
     (other_build.numerics, other_build.build) = (NumericsId("other".into()), "other".into());
-    let r = Node::with(options(PathKind::Tcp), other_build, 4).await;
+    let r = Node::with(options(path), other_build, 4).await;
     let ticket = Ticket::random();
     let (mut incoming, kv) = (d.expect(ticket, 4), source(&r, 4, 1));
     let (sent, received) = tokio::join!(send(r.open(&d, ticket, 4), &kv), committed(&mut incoming));

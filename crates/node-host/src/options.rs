@@ -113,7 +113,7 @@ pub struct NodeOptions {
     /// Do not check the CRC32C of each extent on tcp
     #[arg(long, help_heading = "Network")]
     pub no_crc: bool,
-    /// Check a digest of each whole hand-over before it is used, whatever the transport
+    /// Send a digest of each whole hand-over, which the receiver checks before it uses it, whatever the transport
     #[arg(long, help_heading = "Network")]
     pub transfer_digest: bool,
     /// Data connections to each node that hand-overs are sent to
@@ -295,6 +295,7 @@ impl NodeOptions {
             advertise: self.advertise.clone(),
             connections_per_peer: self.transfer_connections,
             crc: !self.no_crc,
+            digest: self.transfer_digest,
             rdma_devices: self.rdma_device.clone(),
             bytes_in_flight_max: usize::try_from(self.transfer_in_flight).unwrap_or(usize::MAX),
             reservation_lease: self.reservation_lease,

@@ -86,7 +86,7 @@ impl Acceptor {
         let Some(number) = self.receiving.line_opened(remote.instance, line.clone()) else {
             return;
         };
-        tracing::info!(peer = %remote.node, %from, "sender connected");
+        tracing::info!(peer = %remote.node, instance = %remote.instance, %from, "sender connected");
         let heard = |spoken| match spoken {
             Spoken::ToReceiver(header, message) => self.receiving.hear(remote.instance, number, header, message),
             Spoken::ToSender(..) => {

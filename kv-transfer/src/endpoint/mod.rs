@@ -3,6 +3,8 @@
 mod accept;
 mod blocks;
 mod digest;
+#[cfg(test)]
+mod fallback_tests;
 mod gate;
 mod incoming;
 mod landing;

@@ -13,6 +13,7 @@ use crate::session::{Effect, Event, Header, Limits, NotExpected, Receiver, ToRec
 use crate::{ExpectError, PathKind};
 use baton_node_runtime::{Clock, Moment};
 use baton_types::{BlockHash, Epoch, Instance, KvGeometry, Ticket};
+use futures::future::BoxFuture;
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -288,6 +289,19 @@ impl Receiving {
 
     pub(super) async fn woken(&self) {
         self.wake.notified().await;
+    }
+
+    /// Waits for a proof that is late, and says so: once when it is, once when it came.
+    pub(super) async fn await_silent(&self, writer: Instance, path: PathKind, proof: BoxFuture<'_, ()>) {
+        let (handovers, blocks) = self.lock().machine.quarantined_of(writer, path);
+        let since = self.clock.now();
+        tracing::warn!(
+            %writer, %path, handovers, blocks,
+            "writer is silent: its blocks stay in quarantine until it proves that it writes no more, or dies"
+        );
+        proof.await;
+        let waited = self.clock.elapsed(since);
+        tracing::info!(%writer, %path, handovers, blocks, ?waited, "writer can write no more: its blocks are back");
     }
 
     /// The writer's connections of that kind were destroyed.

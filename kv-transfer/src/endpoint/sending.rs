@@ -464,6 +464,7 @@ impl Sending {
                 if let Some(fallback) = self.lock().machine.fallbacks().last() {
                     let (from, to, reason) = (fallback.from, fallback.to, &fallback.reason);
                     tracing::warn!(ticket = %self.ticket, %from, %to, reason, "hand-over goes on over another path");
+                    self.counters.fell_back(from, to);
                 }
             }
             Err(error) => self.handle(SenderEvent::ConnectFailed { error }),

@@ -72,6 +72,20 @@ impl Endpoint {
         clock: Clock,
         supervisor: Supervisor,
     ) -> Result<Self, StartError> {
+        let as_it_is = |transport| transport;
+        Self::start_over(options, identity, arena, blocks, clock, supervisor, as_it_is).await
+    }
+
+    /// As `start`, over transports that were changed: tests break them.
+    pub(super) async fn start_over(
+        options: EndpointOptions,
+        identity: Identity,
+        arena: ArenaView,
+        blocks: Arc<dyn DestinationBlocks>,
+        clock: Clock,
+        supervisor: Supervisor,
+        change: impl Fn(Arc<dyn Transport>) -> Arc<dyn Transport>,
+    ) -> Result<Self, StartError> {
         options.validate()?;
         identity.geometry.check_same(arena.geometry())?;
         let counters = Arc::new(Counters::default());
@@ -100,6 +114,7 @@ impl Endpoint {
             supervisor: supervisor.clone(),
         };
         let transports = start_transports(&options, local).await?;
+        let transports: Vec<Arc<dyn Transport>> = transports.into_iter().map(change).collect();
         let mut addresses = vec![control_address(&options, bound)];
         addresses.extend(transports.iter().map(|transport| transport.address()));
         let peer = Peer {
@@ -137,6 +152,7 @@ impl Endpoint {
             digester: digester.clone(),
             links: Arc::clone(&links),
             transports,
+            fence_timeout: options.fence_timeout,
             clock,
             supervisor: supervisor.clone(),
             tracker: tracker.clone(),
@@ -273,6 +289,8 @@ struct Keeper {
     digester: Digester,
     links: Arc<Links>,
     transports: Vec<Arc<dyn Transport>>,
+    /// How long destroying connections may take before it is said aloud.
+    fence_timeout: Duration,
     clock: Clock,
     supervisor: Supervisor,
     tracker: TaskTracker,
@@ -315,9 +333,13 @@ impl Keeper {
             .iter()
             .find(|transport| transport.path() == path)
             .cloned();
+        let (clock, patience) = (self.clock, self.fence_timeout);
         let disconnecting = async move {
             if let Some(transport) = transport {
-                transport.disconnect_instance(instance).await;
+                let mut proof = transport.disconnect_instance(instance);
+                if clock.timeout(patience, &mut proof).await.is_err() {
+                    receiving.await_silent(instance, path, proof).await;
+                }
             }
             receiving.disconnect_done(instance, path, through);
         };

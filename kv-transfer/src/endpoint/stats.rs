@@ -135,6 +135,12 @@ impl Counters {
         self.lock().paths.entry(kind).or_default().bytes_per_second = bytes_per_second as u64;
     }
 
+    /// A hand-over goes on over another path.
+    pub(super) fn fell_back(&self, from: PathKind, to: PathKind) {
+        counter!("baton_transfer_path_fallback_total", "from" => from.name(), "to" => to.name()).increment(1);
+        self.lock().paths.entry(from).or_default().fallbacks += 1;
+    }
+
     /// A hand-over begins to be made; gives how many there were.
     pub(super) fn sending_begins(&self) -> usize {
         let mut stats = self.lock();

@@ -3,8 +3,8 @@
 #![allow(unsafe_code, dead_code, clippy::unwrap_used)]
 
 use baton_kv_transfer::{
-    Arena, DestinationBlocks, Endpoint, EndpointOptions, ExpectSpec, HandoverReport, Identity, Incoming, IncomingEvent,
-    NoRoom, Outgoing, OutgoingSpec, PathKind, QuarantinedBlocks, ReservedBlocks, TransferError,
+    Arena, DestinationBlocks, Endpoint, EndpointOptions, ExpectSpec, Fallback, HandoverReport, Identity, Incoming,
+    IncomingEvent, NoRoom, Outgoing, OutgoingSpec, PathKind, QuarantinedBlocks, ReservedBlocks, TransferError,
 };
 use baton_node_runtime::{Clock, Supervisor};
 use baton_types::{
@@ -439,6 +439,7 @@ pub struct Received {
     pub payload: Bytes,
     pub bytes: u64,
     pub attempt: Attempt,
+    pub fallbacks: Vec<Fallback>,
 }
 
 impl Received {
@@ -477,6 +478,7 @@ pub async fn ended(incoming: &mut Incoming) -> Result<Received, (Attempt, Transf
                 held_blocks,
                 payload,
                 bytes,
+                fallbacks,
                 ..
             } => {
                 let table = blocks.downcast::<TestTable>().expect("what the pool gave");
@@ -486,6 +488,7 @@ pub async fn ended(incoming: &mut Incoming) -> Result<Received, (Attempt, Transf
                     payload,
                     bytes,
                     attempt,
+                    fallbacks,
                 });
             }
         }

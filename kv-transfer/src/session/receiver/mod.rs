@@ -379,6 +379,15 @@ impl Receiver {
             })
     }
 
+    /// What one writer has in quarantine that it got to write over that kind of path: (hand-overs, blocks).
+    pub(crate) fn quarantined_of(&self, writer: Instance, path: PathKind) -> (usize, usize) {
+        let its = |state: &&EpochState| state.writer() == writer && state.path() == path && !state.is_live();
+        let its = self.epochs.values().filter(its);
+        its.fold((0, 0), |(handovers, blocks), state| {
+            (handovers + 1, blocks + state.fresh().len())
+        })
+    }
+
     /// Processes that have blocks here, granted or in quarantine, or whose connections are being destroyed.
     pub(crate) fn writers(&self) -> BTreeSet<Instance> {
         let condemned = self.condemned.iter().map(|(instance, _)| *instance);
