@@ -5,7 +5,8 @@ use crate::case::Case;
 use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use baton_kv_transfer::transport::{
-    Landing, Local, MemoryNetwork, MemoryOptions, MemoryTransport, TcpOptions, TcpTransport, Transport,
+    Landing, Local, MemoryNetwork, MemoryOptions, MemoryTransport, ShmOptions, ShmTransport, TcpOptions, TcpTransport,
+    Transport,
 };
 use baton_kv_transfer::{Arena, EndpointOptions, Identity, PathKind, Peer};
 use baton_node_runtime::{Clock, Supervisor};
@@ -87,7 +88,15 @@ async fn transport(options: &Options, local: Local) -> Result<Arc<dyn Transport>
             Arc::new(TcpTransport::bind(options, local).await?)
         }
         PathKind::Rdma => rdma(options, connections_per_peer, local).await?,
-        kind @ (PathKind::Shm | PathKind::Cuda) => bail!("this build has no {kind} transport"),
+        PathKind::Shm => {
+            let options = ShmOptions {
+                connect_timeout: defaults.connect_timeout,
+                shutdown_timeout: defaults.fence_timeout,
+                bytes_in_flight_max,
+            };
+            Arc::new(ShmTransport::start(options, local)?)
+        }
+        kind @ PathKind::Cuda => bail!("this build has no {kind} transport"),
     })
 }
 

@@ -15,6 +15,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
+/// How long a round may take to be counted once it was written.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+
 /// What the initiator asks.
 #[derive(Serialize, Deserialize)]
 pub enum Question {
@@ -66,10 +69,26 @@ impl Receiver {
         })
     }
 
+    /// Waits until everything of the present grant is counted. One-sided writes end when their bytes are here, which is
+    /// before that.
+    fn settle(&self) -> bool {
+        let until = Instant::now() + SETTLE_MAX;
+        while !self.node.book.is_complete() {
+            if Instant::now() > until {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
+
     pub fn answer(&mut self, question: &Question) -> Result<Answer> {
         Ok(match question {
             Question::Start { .. } => Answer::Started { peer: self.node.peer() },
             Question::Grant { round, writer, single } => {
+                if self.granted.is_some() && !self.settle() {
+                    bail!("the round before did not arrive whole");
+                }
                 let layout = Layout::of_round(self.seed, *round, self.node.view.blocks(), self.blocks);
                 let layout = match *single {
                     Some((count, distinct)) => layout.repeated(count, distinct),
@@ -86,7 +105,7 @@ impl Receiver {
             },
             Question::Verify => {
                 let layout = self.granted.as_ref().context("nothing was granted")?;
-                let ok = self.node.book.is_complete() && self.pool.holds(self.seed, layout);
+                let ok = self.settle() && self.pool.holds(self.seed, layout);
                 Answer::Verified { ok }
             }
             Question::Digest => {

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use super::copy::copy;
+use super::copy::{ask, copy};
 use crate::transport::Extent;
 use baton_types::{ArenaView, BlockId, KvGeometry, OutOfArena};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -171,7 +171,12 @@ impl Run<'_> {
         joined
     }
 
-    /// Copies `len` bytes from `start` on.
+    /// It is the next to be copied.
+    pub(super) fn ask(&self) {
+        ask(self.from.as_ptr(), self.to.as_ptr(), self.len);
+    }
+
+    /// Copies `len` bytes from `start` on; [`super::copy::settle`] is to follow.
     ///
     /// # Panics
     /// Outside the run.

@@ -10,7 +10,8 @@
 //!   it then goes alone).
 //! - `DETACHED` is sent after the unmapping, by the path's one task, which ends the path for whatever reason.
 
-use super::map::PeerArena;
+use super::copy::settle;
+use super::map::{PeerArena, Run};
 use super::ring::{CAPACITY, Malformed, Notice, Producer};
 use super::socket::{Bell, DETACHED, STOP, hear, receive_signal, send_signal};
 use crate::PathKind;
@@ -197,19 +198,12 @@ impl Shared {
             let run = peer.run(&self.arena, extent)?;
             let len = PIECE.min(run.len() - from);
             run.copy(from, len);
+            settle();
             if from + len < run.len() {
                 return Ok(Some(from + len));
             }
         } else {
-            let mut run: Option<super::map::Run<'_>> = None;
-            for extent in batch {
-                let next = peer.run(&self.arena, extent)?;
-                if !run.as_mut().is_some_and(|run| run.join(&next)) {
-                    let done = run.replace(next);
-                    done.inspect(|run| run.copy(0, run.len()));
-                }
-            }
-            run.inspect(|run| run.copy(0, run.len()));
+            self.copy_all(peer, batch)?;
         }
         let notices = batch.iter().map(|extent| {
             let (ordinal, layers) = (extent.ordinal, extent.layers.clone());
@@ -219,6 +213,27 @@ impl Shared {
         drop(gate);
         metric::sent(KIND, batch.len(), batch.iter().map(|extent| self.bytes(extent)).sum());
         Ok(None)
+    }
+
+    /// Copies whole extents, neighbours in one go.
+    fn copy_all(&self, peer: &PeerArena, batch: &[Extent]) -> Result<(), PathError> {
+        let mut last: Option<Run<'_>> = None;
+        for extent in batch {
+            let next = peer.run(&self.arena, extent)?;
+            if last.as_mut().is_some_and(|last| last.join(&next)) {
+                continue;
+            }
+            // Its first bytes are on their way while those before it are copied.
+            next.ask();
+            if let Some(run) = last.replace(next) {
+                run.copy(0, run.len());
+            }
+        }
+        if let Some(run) = last {
+            run.copy(0, run.len());
+        }
+        settle();
+        Ok(())
     }
 
     fn publish(&self, notices: impl Iterator<Item = (Notice, u32)>) {
