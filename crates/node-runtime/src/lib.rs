@@ -22,7 +22,7 @@ pub use config::{ConfigOptions, format_bytes, format_duration, parse_bytes, pars
 pub use listen::{BindError, bind};
 pub use options::ProcessOptions;
 pub use signals::{exit_with_parent, shutdown_signal};
-pub use supervisor::{Supervisor, TaskHandle};
+pub use supervisor::{Supervisor, TaskHandle, ThreadHandle};
 pub use telemetry::{LogFormat, Metrics, TelemetryOptions};
 /// Says that the process is to end; children of it can be made.
 pub use tokio_util::sync::CancellationToken;

@@ -6,6 +6,7 @@ use futures::FutureExt;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +33,18 @@ pub struct TaskHandle {
     name: &'static str,
     abort: AbortHandle,
     join: JoinHandle<()>,
+}
+
+/// A running thread. Dropping the handle lets it run on.
+pub struct ThreadHandle {
+    ended: CancellationToken,
+}
+
+impl ThreadHandle {
+    /// Waits for its end, whether it returned or panicked. Cancel safe.
+    pub async fn join(&self) {
+        self.ended.cancelled().await;
+    }
 }
 
 /// Takes the task off the books when it ends, however it ends.
@@ -85,6 +98,31 @@ impl Supervisor {
             abort: join.abort_handle(),
             join,
         }
+    }
+
+    /// Runs `work` on a thread of its own, inside the present runtime: for work that polls or waits in the system for as long
+    /// as it lives, of which a runtime has too few threads. It cannot be aborted.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn spawn_thread(&self, name: &'static str, work: impl FnOnce() + Send + 'static) -> io::Result<ThreadHandle> {
+        let entry = self.enter(name);
+        let (this, runtime) = (self.clone(), tokio::runtime::Handle::current());
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            // Dropped last, in this order: whoever joins finds the books right and what the thread held given back.
+            let _end = end;
+            let _entry = entry;
+            let _inside = runtime.enter();
+            if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(work)) {
+                this.panicked(name, panic);
+            }
+        })?;
+        Ok(ThreadHandle { ended })
     }
 
     /// How many tasks are alive.
@@ -250,6 +288,18 @@ mod tests {
         supervisor.spawn_blocking("thread", || panic!("oh")).join().await;
         assert_eq!(supervisor.fatal().as_deref(), Some("task thread panicked: oh"));
         assert_eq!(supervisor.tasks(), 0);
+    }
+
+    #[tokio::test]
+    async fn threads_are_supervised_too() {
+        let supervisor = Supervisor::new();
+        let inside = supervisor.clone();
+        let work = move || drop(inside.spawn("from a thread", async {}));
+        supervisor.spawn_thread("thread", work).unwrap().join().await;
+        assert_eq!(supervisor.fatal(), None);
+        supervisor.spawn_thread("bad", || panic!("oh")).unwrap().join().await;
+        assert_eq!(supervisor.fatal().as_deref(), Some("task bad panicked: oh"));
+        assert_eq!(supervisor.join(Duration::from_secs(5)).await, Ok(()));
     }
 
     #[tokio::test]

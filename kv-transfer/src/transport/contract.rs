@@ -74,6 +74,16 @@ pub trait Landing: Send + Sync + 'static {
     /// Why the payload is to be discarded.
     fn claim(&self, from: &WriterConnection, header: &ExtentHeader) -> Result<Box<dyn Claim>, Reject>;
 
+    /// As [`Self::claim`] for each of several extents, in order: one look into the book where there are thousands a
+    /// millisecond.
+    fn claim_all(&self, from: &WriterConnection, headers: &[ExtentHeader]) -> Box<dyn Claims> {
+        let one = |header: &ExtentHeader| match self.claim(from, header)? {
+            claim if claim.len() == header.len as usize => Ok(Some(claim)),
+            _ => Err(Reject::OutsideGrant),
+        };
+        Box::new(OneByOne(headers.iter().map(one).collect()))
+    }
+
     /// The in-band marker came: no later byte of that epoch comes on this connection, and this connection holds no claim of
     /// it.
     fn fenced(&self, from: &WriterConnection, epoch: Epoch);
@@ -102,6 +112,51 @@ pub trait Claim: Send {
     /// # Errors
     /// Where the epoch died meanwhile; nothing is counted.
     fn land(self: Box<Self>) -> Result<(), Reject>;
+}
+
+/// Several claims that were asked for together. What holds for [`Claim`] holds for each of them.
+pub trait Claims: Send {
+    /// Where the extent goes, as many bytes as its header said, or why not. Numbered as they were asked for.
+    ///
+    /// # Errors
+    /// Why its payload is to be discarded.
+    fn place(&self, index: usize) -> Result<Place, Reject>;
+
+    /// Ends all of them. Those for which `whole` says so are in the arena with right checksums and are recorded as by
+    /// [`Claim::land`]; the others are torn. Gives one answer for each that was claimed and whole, in order.
+    fn land(self: Box<Self>, whole: &[bool]) -> Vec<Result<(), Reject>>;
+}
+
+/// Where an extent goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Which block.
+    pub block: BlockId,
+    /// First byte within the block.
+    pub offset: usize,
+}
+
+/// Claims that a book gives one by one. None: it ended.
+struct OneByOne(Vec<Result<Option<Box<dyn Claim>>, Reject>>);
+
+impl Claims for OneByOne {
+    fn place(&self, index: usize) -> Result<Place, Reject> {
+        match self.0.get(index) {
+            Some(Ok(Some(claim))) => Ok(Place {
+                block: claim.block(),
+                offset: claim.offset(),
+            }),
+            Some(Err(reject)) => Err(*reject),
+            Some(Ok(None)) | None => Err(Reject::OutsideGrant),
+        }
+    }
+
+    fn land(self: Box<Self>, whole: &[bool]) -> Vec<Result<(), Reject>> {
+        let claims = self.0.into_iter().zip(whole);
+        // A claim that is not whole drops here, which is its end.
+        let whole = claims.filter_map(|(claim, whole)| claim.ok().flatten().filter(|_| *whole));
+        whole.map(Claim::land).collect()
+    }
 }
 
 /// A transport of this process: it listens for writers, and connects to peers as a writer.

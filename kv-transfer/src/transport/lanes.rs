@@ -1,32 +1,44 @@
 //! The sender's half that all transports share: a path of several lanes, each one connection with one task that carries.
 //!
 //! Invariants:
+//! - A write ends when its last batch was applied at the destination; its claims end when its batches were carried.
 //! - Bytes queued and not yet carried are at most `bytes_in_flight_max` per path (one extent may be larger; it then goes
 //!   alone). The lanes' channels have no bound of their own because this one holds for all of them together.
 //! - A batch is queued, and an epoch fenced, under one lock: no batch of an epoch stands behind its marker in any lane.
 //! - The first failure of any lane ends all of them: a path is whole or over.
 //! - What was queued and not carried keeps its claims until *every* lane has closed its connection and ended.
 //!
+//! A lane that can carry on the writer's own thread says so with [`LaneQueue::driven_by`].
+//!
 //! A lane's task owns its [`LaneQueue`] and must drop its connection before it; [`PathState`] is shared by all.
 
-use super::raw::Source;
+use super::raw::{Sources, extent_bytes};
 use super::{Extent, Path, PathError};
 use crate::PathKind;
 use baton_types::{ArenaView, Epoch};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::task::AtomicWaker;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::{Context, Poll};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 /// Most lanes of a path.
 pub(super) const LANES_MAX: usize = 64;
-/// A batch holds about so many bytes: enough to hide a system call's cost, few enough to spread over lanes.
-pub(super) const BATCH_BYTES: usize = 1 << 20;
+/// A batch holds at most so many bytes (or one extent): enough to hide what a batch costs at both ends.
+pub(super) const BATCH_BYTES: usize = 4 << 20;
+/// Where a write is spread over lanes, its batches have at least so many bytes.
+const BATCH_BYTES_MIN: usize = 256 << 10;
 /// And at most so many extents.
-pub(super) const BATCH_EXTENTS: usize = 512;
+pub(super) const BATCH_EXTENTS: usize = 1024;
+/// Room is taken for a share of the bound at a time: each time wakes the writer.
+const ROOM_SHARES: usize = 4;
+/// Writes of so many bytes are carried on the writer's thread where they can be.
+const INLINE_BYTES_MAX: usize = 256 << 10;
 /// What a batch takes of the bound at least, so that the number of queued batches is bounded too.
 const BATCH_COST_MIN: usize = 4096;
 /// How many fenced epochs are remembered. A write can only meet an epoch that was fenced while it waited for room.
@@ -41,32 +53,79 @@ pub(super) enum LaneItem {
 /// Extents that travel together. Dropped without [`Batch::carried`], its writer is told that the path failed.
 pub(super) struct Batch {
     pub(super) epoch: Epoch,
-    pub(super) extents: Vec<Source>,
+    pub(super) extents: Sources,
     bytes: usize,
     load: Arc<AtomicUsize>,
-    done: oneshot::Sender<()>,
+    ticket: Ticket,
     _room: OwnedSemaphorePermit,
 }
 
 impl Batch {
-    /// All of it was handed to the wire: lets the claims go, makes room, tells the writer.
+    /// All of it was applied at the destination: lets the claims go, makes room, tells the writer.
     pub(super) fn carried(self) {
-        let Self {
-            extents,
-            bytes,
-            load,
-            done,
-            _room,
-            ..
-        } = self;
-        drop(extents);
-        load.fetch_sub(bytes, Ordering::Relaxed);
-        // The writer may have gone; its extents were sent all the same.
-        let _ = done.send(());
+        self.taken().applied();
+    }
+
+    /// Nothing reads the sources any more: lets the claims go and makes room. The writer is told by the ticket.
+    pub(super) fn taken(self) -> Ticket {
+        self.load.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.ticket
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+/// How a write learns that its batches were applied.
+#[derive(Default)]
+struct Progress {
+    left: AtomicUsize,
+    failed: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Progress {
+    /// Ready once all tickets were applied, or one was not.
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        let look = || match (self.failed.load(Ordering::Acquire), self.left.load(Ordering::Acquire)) {
+            (true, _) => Poll::Ready(Err(())),
+            (false, 0) => Poll::Ready(Ok(())),
+            (false, _) => Poll::Pending,
+        };
+        if look().is_pending() {
+            self.waker.register(context.waker());
+        }
+        look()
+    }
+}
+
+/// One batch's part in the end of its write. Dropped without [`Ticket::applied`], the write has failed.
+pub(super) struct Ticket(Option<Arc<Progress>>);
+
+impl Ticket {
+    fn of(progress: &Arc<Progress>) -> Self {
+        progress.left.fetch_add(1, Ordering::Relaxed);
+        Self(Some(Arc::clone(progress)))
+    }
+
+    /// The batch was applied at the destination.
+    pub(super) fn applied(mut self) {
+        if let Some(progress) = self.0.take()
+            && progress.left.fetch_sub(1, Ordering::AcqRel) == 1
+        {
+            // The writer may have gone; its extents were sent all the same.
+            progress.waker.wake();
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(progress) = self.0.take() {
+            progress.failed.store(true, Ordering::Release);
+            progress.waker.wake();
+        }
     }
 }
 
@@ -109,14 +168,28 @@ impl PathState {
     }
 }
 
+/// Who carries a lane's items, to be told that there are some.
+pub(super) trait Drive: Send + Sync {
+    /// There is a new item. `inline`: it is small, carry it now and on this thread if that takes no more than some
+    /// microseconds.
+    fn drive(&self, inline: bool);
+}
+
 /// The carrying end of one lane. Dropping it says that the lane's connection is closed and its task over.
 pub(super) struct LaneQueue {
     state: Arc<PathState>,
     queue: Option<mpsc::UnboundedReceiver<LaneItem>>,
+    driver: Arc<OnceLock<Weak<dyn Drive>>>,
     torn: Vec<LaneItem>,
 }
 
 impl LaneQueue {
+    /// From now on this one is told of each new item. Said once, before the path is used.
+    pub(super) fn driven_by(&self, driver: Weak<dyn Drive>) {
+        // A lane has one carrier.
+        let _ = self.driver.set(driver);
+    }
+
     pub(super) fn state(&self) -> &PathState {
         &self.state
     }
@@ -166,9 +239,20 @@ impl Drop for LaneQueue {
     }
 }
 
+#[derive(Clone)]
 struct Lane {
     queue: mpsc::UnboundedSender<LaneItem>,
     load: Arc<AtomicUsize>,
+    driver: Arc<OnceLock<Weak<dyn Drive>>>,
+}
+
+impl Lane {
+    /// Tells who carries; not under the lock on the order of things.
+    fn drive(&self, inline: bool) {
+        if let Some(driver) = self.driver.get().and_then(Weak::upgrade) {
+            driver.drive(inline);
+        }
+    }
 }
 
 /// What decides the order of batches and markers.
@@ -222,13 +306,16 @@ impl LanePath {
         let mut queues = Vec::with_capacity(options.lanes as usize);
         for _ in 0..options.lanes {
             let (sender, receiver) = mpsc::unbounded_channel();
+            let driver = Arc::new(OnceLock::new());
             lanes.push(Lane {
                 queue: sender,
                 load: Arc::default(),
+                driver: Arc::clone(&driver),
             });
             queues.push(LaneQueue {
                 state: Arc::clone(&state),
                 queue: Some(receiver),
+                driver,
                 torn: Vec::new(),
             });
         }
@@ -253,7 +340,7 @@ impl LanePath {
 }
 
 impl Shared {
-    /// Waits for room for a batch.
+    /// Waits for room for so many bytes.
     async fn room(&self, bytes: usize) -> Result<OwnedSemaphorePermit, PathError> {
         let cost = bytes.clamp(BATCH_COST_MIN, self.room_max);
         let cost = u32::try_from(cost).expect("room_max is at most u32::MAX");
@@ -267,12 +354,12 @@ impl Shared {
     /// Puts a batch on the lane with the least to do.
     fn queue(
         &self,
-        epoch: Epoch,
-        extents: Vec<Source>,
+        extents: (Epoch, Sources),
         bytes: usize,
         room: OwnedSemaphorePermit,
-    ) -> Result<oneshot::Receiver<()>, PathError> {
-        let (done, carried) = oneshot::channel();
+        ticket: Ticket,
+    ) -> Result<Lane, PathError> {
+        let (epoch, extents) = extents;
         let order = lock(&self.order);
         if order.fenced.contains(&epoch) {
             return Err(PathError::Fenced { epoch });
@@ -288,38 +375,78 @@ impl Shared {
             extents,
             bytes,
             load: Arc::clone(&lane.load),
-            done,
+            ticket,
             _room: room,
         };
         lane.queue
             .send(LaneItem::Batch(batch))
             .map_err(|_| self.state.failure())?;
-        Ok(carried)
+        Ok(lane.clone())
     }
 
     async fn write(self: Arc<Self>, epoch: Epoch, extents: Vec<Extent>) -> Result<(), PathError> {
-        let sources: Result<Vec<Source>, PathError> = extents
-            .into_iter()
-            .map(|extent| Source::new(&self.arena, epoch, extent))
-            .collect();
-        let mut sources = sources?.into_iter().peekable();
-        let mut waits = Vec::new();
-        while let Some(first) = sources.next() {
-            let mut bytes = first.len();
-            let mut batch = vec![first];
-            while let Some(next) =
-                sources.next_if(|next| batch.len() < BATCH_EXTENTS && bytes + next.len() <= BATCH_BYTES)
-            {
-                bytes += next.len();
-                batch.push(next);
-            }
-            let room = self.room(bytes).await?;
-            waits.push(self.queue(epoch, batch, bytes, room)?);
+        // All of them are looked at first: where one is none, nothing is sent.
+        let mut total = 0;
+        for extent in &extents {
+            total += extent_bytes(&self.arena, extent)?;
         }
-        self.all(waits).await
+        let inline = total <= INLINE_BYTES_MAX;
+        let batch_bytes = (total / self.lanes as usize).clamp(BATCH_BYTES_MIN, BATCH_BYTES);
+        let room_bytes = (self.room_max / ROOM_SHARES).max(1);
+        let progress = Arc::new(Progress::default());
+        let mut extents = extents.into_iter().peekable();
+        while extents.peek().is_some() {
+            let (mut batches, mut bytes) = (Vec::new(), 0);
+            while let Some(batch) = self.next_batch(&mut extents, batch_bytes, room_bytes.saturating_sub(bytes))? {
+                bytes += batch.1;
+                batches.push(batch);
+            }
+            let mut room = self.room(bytes).await?;
+            let last = batches.len() - 1;
+            for ((batch, bytes), index) in batches.into_iter().zip(0..) {
+                // The last takes what is left of the room, which may be more or less than its bytes.
+                let left = room.num_permits();
+                let own = if index == last { left } else { bytes.min(left) };
+                let own = room.split(own).ok_or(PathError::Closed)?;
+                let batch = Sources::new(&self.arena, epoch, batch)?;
+                let lane = self.queue((epoch, batch), bytes, own, Ticket::of(&progress))?;
+                lane.drive(inline);
+            }
+        }
+        let applied = poll_fn(|context| progress.poll(context)).await;
+        applied.map_err(|()| self.state.failure())
     }
 
-    /// Waits until all of it was carried.
+    /// The next extents that travel together, and their bytes; none where the room for this time is used up.
+    fn next_batch(
+        &self,
+        extents: &mut std::iter::Peekable<std::vec::IntoIter<Extent>>,
+        batch_bytes: usize,
+        room: usize,
+    ) -> Result<Option<(Vec<Extent>, usize)>, PathError> {
+        if room == 0 {
+            return Ok(None);
+        }
+        let Some(first) = extents.next() else { return Ok(None) };
+        let mut bytes = extent_bytes(&self.arena, &first)?;
+        // Most batches are of extents of one size.
+        let most = batch_bytes.min(room.max(bytes));
+        let mut batch = Vec::with_capacity((most / bytes.max(1)).clamp(1, BATCH_EXTENTS).min(1 + extents.len()));
+        batch.push(first);
+        while let Some(next) = extents.peek()
+            && batch.len() < BATCH_EXTENTS
+        {
+            let more = extent_bytes(&self.arena, next)?;
+            if bytes + more > most {
+                break;
+            }
+            bytes += more;
+            batch.extend(extents.next());
+        }
+        Ok(Some((batch, bytes)))
+    }
+
+    /// Waits until all of them were carried.
     async fn all(&self, waits: Vec<oneshot::Receiver<()>>) -> Result<(), PathError> {
         for carried in waits {
             carried.await.map_err(|_| self.state.failure())?;
@@ -334,17 +461,17 @@ impl Shared {
             order.fenced.pop_front();
         }
         order.fenced.push_back(epoch);
-        order
-            .lanes
-            .iter()
-            .map(|lane| {
-                let (done, carried) = oneshot::channel();
-                lane.queue
-                    .send(LaneItem::Fence(Marker { epoch, done }))
-                    .map_err(|_| self.state.failure())?;
-                Ok(carried)
-            })
-            .collect()
+        let mark = |lane: &Lane| {
+            let (done, carried) = oneshot::channel();
+            let marker = LaneItem::Fence(Marker { epoch, done });
+            lane.queue.send(marker).map_err(|_| self.state.failure())?;
+            Ok(carried)
+        };
+        let marked = order.lanes.iter().map(mark).collect();
+        let lanes = order.lanes.clone();
+        drop(order);
+        lanes.iter().for_each(|lane| lane.drive(true));
+        marked
     }
 }
 

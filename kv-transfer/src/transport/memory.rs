@@ -242,7 +242,7 @@ impl Carrier {
                     marker.carried();
                 }
                 Some(LaneItem::Batch(batch)) => {
-                    for source in &batch.extents {
+                    for source in batch.extents.iter() {
                         if !self.carry(source, &stop, &closed).await {
                             self.queue.give_back(LaneItem::Batch(batch));
                             if !stop.is_cancelled() {

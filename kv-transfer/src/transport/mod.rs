@@ -17,7 +17,7 @@ pub(crate) mod tcp;
 mod writers;
 
 pub use contract::{
-    Claim, ConnectError, Extent, ExtentHeader, Landing, Path, PathError, Reject, SourceClaim, Transport,
+    Claim, Claims, ConnectError, Extent, ExtentHeader, Landing, Path, PathError, Place, Reject, SourceClaim, Transport,
     WriterConnection,
 };
 pub use local::Local;

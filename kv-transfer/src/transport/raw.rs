@@ -1,17 +1,18 @@
 //! The only unsafe code of the transports: bytes of the arena as sources and destinations, and vectored socket calls on them.
 //!
 //! What makes it sound is in the types. A [`Source`] holds the claim that keeps its bytes from changing, a [`Destination`]
-//! holds the claim that makes this transport the only writer of its bytes (and nobody reads them before the claim landed);
-//! both keep the arena mapped. The kernel is given raw addresses, never references; the one reference that is made, for a
+//! (or several, [`Destinations`]) holds the claim that makes this transport the only writer of its bytes (and nobody reads
+//! them before the claim landed); the arena stays mapped while they live. The kernel is given raw addresses, never references; the one reference that is made, for a
 //! checksum, covers bytes that nobody writes while it lives.
 
 #![allow(unsafe_code)]
 
-use super::{Claim, Extent, ExtentHeader, PathError, Reject, SourceClaim};
+use super::{Claim, Claims, Extent, ExtentHeader, PathError, Reject, SourceClaim};
 use baton_types::{ArenaView, BlockId, Epoch};
 use crc_fast::{CrcAlgorithm, Digest};
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
@@ -21,64 +22,87 @@ pub(super) const CRC32C: CrcAlgorithm = CrcAlgorithm::Crc32Iscsi;
 /// Most parts of one vectored call (`IOV_MAX` of Linux).
 pub(super) const PARTS_MAX: usize = 1024;
 
-/// An extent's bytes in this node's arena: they do not change while this lives.
+/// An extent's bytes in this node's arena: they do not change while this lives. Lives in [`Sources`] only.
 pub(super) struct Source {
     start: NonNull<u8>,
     header: ExtentHeader,
     destination: BlockId,
     _claim: SourceClaim,
-    _arena: ArenaView,
 }
 
-// SAFETY: an address that stays valid while `_arena` lives, and that is only read; the other fields are Send.
+// SAFETY: an address that stays valid while its `Sources` live, and that is only read; the other fields are Send.
 unsafe impl Send for Source {}
 // SAFETY: as above: all access through a shared `Source` is reading.
 unsafe impl Sync for Source {}
 
-impl Source {
-    /// Takes over the extent's claim.
+/// Extents of one epoch. Keeps their arena mapped, and gives none of them away.
+pub(super) struct Sources {
+    all: Vec<Source>,
+    _arena: ArenaView,
+}
+
+impl Deref for Sources {
+    type Target = [Source];
+
+    fn deref(&self) -> &[Source] {
+        &self.all
+    }
+}
+
+impl Sources {
+    /// Takes over the extents' claims.
     ///
     /// # Errors
-    /// Layers that the geometry does not have, or none; a block that the arena does not have.
-    pub(super) fn new(arena: &ArenaView, epoch: Epoch, extent: Extent) -> Result<Self, PathError> {
-        let geometry = arena.geometry();
-        let Extent {
-            ordinal,
-            layers,
-            source,
-            destination,
-            claim,
-        } = extent;
-        if layers.is_empty() || layers.end > geometry.layers {
-            return Err(PathError::NoSuchLayers {
-                ordinal,
-                layers,
-                of: geometry.layers,
-            });
-        }
-        let offset = layers.start as usize * geometry.layer_bytes();
-        let bytes = layers.len() * geometry.layer_bytes();
-        let start = arena.block_ptr(source, offset, bytes)?;
-        let len = u32::try_from(bytes).map_err(|_| PathError::NoSuchLayers {
-            ordinal,
-            layers: layers.clone(),
-            of: geometry.layers,
-        })?;
-        let header = ExtentHeader {
-            epoch,
-            ordinal,
-            layers,
-            len,
+    /// As [`extent_bytes`].
+    pub(super) fn new(arena: &ArenaView, epoch: Epoch, extents: Vec<Extent>) -> Result<Self, PathError> {
+        let source = |extent: Extent| {
+            let (start, len) = find(arena, &extent)?;
+            let header = ExtentHeader {
+                epoch,
+                ordinal: extent.ordinal,
+                layers: extent.layers,
+                len,
+            };
+            Ok(Source {
+                start,
+                header,
+                destination: extent.destination,
+                _claim: extent.claim,
+            })
         };
         Ok(Self {
-            start,
-            header,
-            destination,
-            _claim: claim,
+            all: extents.into_iter().map(source).collect::<Result<_, PathError>>()?,
             _arena: arena.clone(),
         })
     }
+}
 
+/// How many bytes an extent has.
+///
+/// # Errors
+/// Layers that the geometry does not have, or none; a block that the arena does not have.
+pub(super) fn extent_bytes(arena: &ArenaView, extent: &Extent) -> Result<usize, PathError> {
+    find(arena, extent).map(|(_, len)| len as usize)
+}
+
+/// Where an extent is, and how many bytes it has.
+fn find(arena: &ArenaView, extent: &Extent) -> Result<(NonNull<u8>, u32), PathError> {
+    let (geometry, layers) = (arena.geometry(), &extent.layers);
+    let no_such = || PathError::NoSuchLayers {
+        ordinal: extent.ordinal,
+        layers: layers.clone(),
+        of: geometry.layers,
+    };
+    if layers.is_empty() || layers.end > geometry.layers {
+        return Err(no_such());
+    }
+    let layer_bytes = geometry.layer_bytes();
+    let (offset, bytes) = (layers.start as usize * layer_bytes, layers.len() * layer_bytes);
+    let start = arena.block_ptr(extent.source, offset, bytes)?;
+    Ok((start, u32::try_from(bytes).map_err(|_| no_such())?))
+}
+
+impl Source {
     pub(super) fn header(&self) -> &ExtentHeader {
         &self.header
     }
@@ -93,13 +117,19 @@ impl Source {
         (self.start.as_ptr() as u64, self.destination)
     }
 
-    /// CRC32C of all of it.
-    pub(super) fn crc32c(&self) -> u32 {
-        // SAFETY: `start` is valid for `len` bytes while the arena lives, initialised, and the claim keeps everyone from
-        // writing them while `self` is borrowed.
-        let bytes = unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len()) };
-        // The algorithm's values have 32 bits.
-        crc_fast::checksum(CRC32C, bytes) as u32
+    /// Feeds `len` bytes from `from` on to a checksum.
+    ///
+    /// # Panics
+    /// Outside the extent.
+    pub(super) fn digest(&self, digest: &mut Digest, from: usize, len: usize) {
+        assert!(
+            from <= self.len() && len <= self.len() - from,
+            "digest outside its extent"
+        );
+        // SAFETY: the range was checked; the bytes are valid while the arena is mapped, initialised, and the claim keeps
+        // everyone from writing them while `self` is borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(from), len) };
+        digest.update(bytes);
     }
 }
 
@@ -134,22 +164,6 @@ impl Destination {
         })
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Feeds `len` bytes from `from` on to a checksum.
-    ///
-    /// # Panics
-    /// Outside the destination.
-    pub(super) fn digest(&self, digest: &mut Digest, from: usize, len: usize) {
-        assert!(from <= self.len && len <= self.len - from, "digest outside its extent");
-        // SAFETY: the range was checked; the bytes are initialised (the arena is), and nobody writes them while `self`, the
-        // only one who may, is borrowed.
-        let bytes = unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(from), len) };
-        digest.update(bytes);
-    }
-
     /// Copies `len` bytes from `from` on, which have the same place in both.
     ///
     /// # Panics
@@ -171,28 +185,93 @@ impl Destination {
     }
 }
 
+/// Where the extents of one frame go. None of those that were rejected, or whose claim lies outside the arena.
+pub(super) struct Destinations {
+    places: Vec<Option<NonNull<u8>>>,
+    lens: Vec<usize>,
+    claims: Box<dyn Claims>,
+    _arena: ArenaView,
+}
+
+// SAFETY: addresses that stay valid while `_arena` lives and that only this value may use; the claims are Send.
+unsafe impl Send for Destinations {}
+
+impl Destinations {
+    /// Takes over the claims of the extents with these headers, and tells of each that was rejected.
+    pub(super) fn new(
+        arena: &ArenaView,
+        headers: &[ExtentHeader],
+        claims: Box<dyn Claims>,
+        mut rejected: impl FnMut(Reject),
+    ) -> Self {
+        let mut place = |(index, header): (usize, &ExtentHeader)| {
+            let place = claims.place(index);
+            let found = place.and_then(|place| {
+                let found = arena.block_ptr(place.block, place.offset, header.len as usize);
+                found.map_err(|_| Reject::OutsideGrant)
+            });
+            found.inspect_err(|reject| rejected(*reject)).ok()
+        };
+        Self {
+            places: headers.iter().enumerate().map(&mut place).collect(),
+            lens: headers.iter().map(|header| header.len as usize).collect(),
+            claims,
+            _arena: arena.clone(),
+        }
+    }
+
+    /// Whether that extent is to be received.
+    pub(super) fn is_wanted(&self, index: usize) -> bool {
+        self.places[index].is_some()
+    }
+
+    /// Feeds `len` bytes of a wanted extent from `from` on to a checksum.
+    ///
+    /// # Panics
+    /// Outside the extent.
+    pub(super) fn digest(&self, index: usize, digest: &mut Digest, from: usize, len: usize) {
+        let whole = self.lens[index];
+        assert!(from <= whole && len <= whole - from, "digest outside its extent");
+        let Some(start) = self.places[index] else { return };
+        // SAFETY: the range was checked; the bytes are initialised (the arena is), and nobody writes them while `self`, the
+        // only one who may, is borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts(start.as_ptr().add(from), len) };
+        digest.update(bytes);
+    }
+
+    /// Ends the claims: those that are whole land.
+    pub(super) fn land(self, whole: &[bool]) -> Vec<Result<(), Reject>> {
+        self.claims.land(whole)
+    }
+}
+
 /// Parts to send in one call.
-#[derive(Default)]
 pub(super) struct Gather<'a> {
     parts: Vec<libc::iovec>,
     _borrows: PhantomData<&'a Source>,
 }
 
 impl<'a> Gather<'a> {
-    pub(super) fn is_full(&self) -> bool {
-        self.parts.len() >= PARTS_MAX
+    pub(super) fn with_room_for(parts: usize) -> Self {
+        Self {
+            parts: Vec::with_capacity(parts),
+            _borrows: PhantomData,
+        }
     }
 
     pub(super) fn push_bytes(&mut self, bytes: &'a [u8]) {
         self.push(bytes.as_ptr().cast_mut(), bytes.len());
     }
 
-    /// The source's bytes from `from` on.
-    pub(super) fn push_source(&mut self, source: &'a Source, from: usize) {
-        assert!(from <= source.len(), "part outside its extent");
+    /// `len` of the source's bytes from `from` on.
+    pub(super) fn push_source(&mut self, source: &'a Source, from: usize, len: usize) {
+        assert!(
+            from <= source.len() && len <= source.len() - from,
+            "part outside its extent"
+        );
         // SAFETY: `from` is within the extent, so the address is at most one past its end.
         let start = unsafe { source.start.as_ptr().add(from) };
-        self.push(start, source.len() - from);
+        self.push(start, len);
     }
 
     fn push(&mut self, start: *mut u8, len: usize) {
@@ -227,24 +306,50 @@ impl<'a> Gather<'a> {
 #[derive(Default)]
 pub(super) struct Scatter<'a> {
     parts: Vec<libc::iovec>,
-    _borrows: PhantomData<&'a mut Destination>,
+    _borrows: PhantomData<&'a mut Destinations>,
 }
 
 impl<'a> Scatter<'a> {
-    pub(super) fn len(&self) -> usize {
-        self.parts.len()
+    /// There is no room for two more parts.
+    pub(super) fn is_full(&self) -> bool {
+        self.parts.len() + 2 > PARTS_MAX
     }
 
     pub(super) fn push_bytes(&mut self, bytes: &'a mut [u8]) {
         self.push(bytes.as_mut_ptr(), bytes.len());
     }
 
-    /// The destination's bytes from `from` on.
-    pub(super) fn push_destination(&mut self, destination: &'a mut Destination, from: usize) {
-        assert!(from <= destination.len, "part outside its extent");
-        // SAFETY: `from` is within the extent, so the address is at most one past its end.
-        let start = unsafe { destination.start.as_ptr().add(from) };
-        self.push(start, destination.len - from);
+    /// `len` bytes from `from` on of the first of these extents and as many bytes of those behind it as there is room for,
+    /// up to the first that is not wanted; returns how much room is left, and which extent is the first that has none.
+    ///
+    /// # Panics
+    /// Where `from` is outside the first.
+    pub(super) fn push_destinations(
+        &mut self,
+        to: &'a mut Destinations,
+        first: usize,
+        mut from: usize,
+        mut room: usize,
+    ) -> (usize, usize) {
+        let mut index = first;
+        while let Some(Some(start)) = to.places.get(index)
+            && room > 0
+            && self.parts.len() < PARTS_MAX
+        {
+            let len = to.lens[index];
+            assert!(from <= len, "part outside its extent");
+            let taken = room.min(len - from);
+            // SAFETY: `from` is within the extent, so the address is at most one past its end.
+            let start = unsafe { start.as_ptr().add(from) };
+            self.push(start, taken);
+            room -= taken;
+            if taken < len - from {
+                break;
+            }
+            index += 1;
+            from = 0;
+        }
+        (room, index)
     }
 
     fn push(&mut self, start: *mut u8, len: usize) {

@@ -1,7 +1,7 @@
 //! The writer's end of the handshake, and the tuning of sockets that both ends share.
 
 use super::listen::Shared;
-use super::send::{Outbox, Sender};
+use super::send::{Sender, SenderOptions};
 use super::wire::{HELLO_BYTES, Hello, VERSION_BYTES, Verdict, WireError, check_version};
 use crate::transport::lanes::{LANES_MAX, LaneOptions, LanePath};
 use crate::transport::local::check_same;
@@ -67,17 +67,35 @@ pub(super) async fn connect(shared: &Shared, wanted: Instance, address: &str) ->
     };
     let (path, queues) = LanePath::new(options, shared.local.arena.clone());
     for ((stream, crc), queue) in connections.into_iter().zip(queues) {
-        let sender = Sender {
-            stream,
-            outbox: Outbox::new(crc),
-            queue,
-            clock: shared.local.clock,
-            progress_timeout: shared.options.progress_timeout,
+        let stop = queue.stopped();
+        let started = stream.into_std().and_then(|stream| {
+            let sender = Sender::new(SenderOptions {
+                stream,
+                crc,
+                queue,
+                clock: shared.local.clock,
+                progress_timeout: shared.options.progress_timeout,
+            })?;
+            let running = Arc::clone(&sender);
+            let supervisor = &shared.local.supervisor;
+            let thread = supervisor.spawn_thread("transfer-tcp-send", move || running.run())?;
+            Ok((sender, thread))
+        });
+        // An error drops the queues that are left, which ends the lanes that run.
+        let (sender, thread) = started.map_err(|error| ConnectError::Unreachable {
+            address: address.to_owned(),
+            kind: error.kind(),
+        })?;
+        let guarding = async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => sender.stop(),
+                () = thread.join() => {}
+            }
+            thread.join().await;
         };
-        shared
-            .local
-            .supervisor
-            .spawn("transfer-tcp-send", shared.tasks.track_future(sender.run()));
+        let guarding = shared.tasks.track_future(guarding);
+        shared.local.supervisor.spawn("transfer-tcp-path", guarding);
     }
     Ok(Arc::new(path))
 }

@@ -70,8 +70,7 @@ pub(crate) fn decoders(choice: u8, bytes: &[u8]) {
     match frame {
         wire::Frame::Fence { epoch } => wire::encode_fence(epoch, &mut again),
         wire::Frame::Extents { epoch, .. } => {
-            let extents = announced.iter().map(|extent| (&extent.header, extent.crc));
-            wire::encode_extents(epoch, extents, &mut again);
+            wire::encode_extents(epoch, announced.iter(), &mut again);
         }
     }
     // What a fence carries in place of a descriptor means nothing.
@@ -117,10 +116,10 @@ fn identity(instance: Instance) -> Identity {
     }
 }
 
-/// Head and payload of a frame of whole extents with right checksums.
+/// Head, and payloads with trailer, of a frame of whole extents with right checksums.
 fn frame(epoch: Epoch, extents: &[(u32, Range<u32>)], fill: u8) -> (Vec<u8>, Vec<u8>) {
     let mut payload = Vec::new();
-    let mut announced = Vec::new();
+    let (mut announced, mut sums) = (Vec::new(), Vec::new());
     for (ordinal, layers) in extents {
         let bytes = vec![fill; layers.len() * LAYER];
         let len = bytes.len() as u32;
@@ -130,11 +129,13 @@ fn frame(epoch: Epoch, extents: &[(u32, Range<u32>)], fill: u8) -> (Vec<u8>, Vec
             layers: layers.clone(),
             len,
         };
-        announced.push((header, crc32c(&bytes)));
+        announced.push(header);
+        sums.extend(crc32c(&bytes).to_le_bytes());
         payload.extend(bytes);
     }
     let mut head = Vec::new();
-    wire::encode_extents(epoch, announced.iter().map(|(header, crc)| (header, *crc)), &mut head);
+    wire::encode_extents(epoch, announced.iter(), &mut head);
+    payload.extend(sums);
     (head, payload)
 }
 
@@ -364,7 +365,9 @@ impl TcpVictim {
                     tokio::task::yield_now().await;
                 }
             }
-            drop(stream);
+            // Closed with acknowledgements unread, it would be reset, and what the victim has not read yet lost.
+            let _ = stream.shutdown().await;
+            while stream.read(&mut [0; 4096]).await.is_ok_and(|got| got > 0) {}
             let end = tokio::time::timeout(PATIENCE, closed.wait_for(|closed| *closed > before)).await;
             assert!(end.is_ok_and(|end| end.is_ok()), "the connection never ended");
         });

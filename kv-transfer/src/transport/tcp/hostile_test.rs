@@ -215,7 +215,9 @@ impl Victim {
         let mut stream = self.enter().await;
         // The victim may close before it has taken everything.
         let _ = stream.write_all(bytes).await;
-        drop(stream);
+        // Closed with acknowledgements unread, it would be reset, and what the victim has not read yet lost.
+        let _ = stream.shutdown().await;
+        while stream.read(&mut [0; 4096]).await.is_ok_and(|got| got > 0) {}
         self.wait(|seen| seen.closed > closed).await
     }
 
@@ -243,7 +245,7 @@ impl Victim {
 /// A frame of whole extents with right checksums.
 fn frame(epoch: Epoch, extents: &[(u32, Range<u32>)], fill: u8) -> Vec<u8> {
     let mut payload = Vec::new();
-    let mut announced = Vec::new();
+    let (mut announced, mut crcs) = (Vec::new(), Vec::new());
     for (ordinal, layers) in extents {
         let bytes = vec![fill; layers.len() * LAYER];
         let len = bytes.len() as u32;
@@ -253,12 +255,14 @@ fn frame(epoch: Epoch, extents: &[(u32, Range<u32>)], fill: u8) -> Vec<u8> {
             layers: layers.clone(),
             len,
         };
-        announced.push((header, crc_fast::checksum(CRC32C, &bytes) as u32));
+        announced.push(header);
+        crcs.extend((crc_fast::checksum(CRC32C, &bytes) as u32).to_le_bytes());
         payload.extend(bytes);
     }
     let mut frame = Vec::new();
-    wire::encode_extents(epoch, announced.iter().map(|(header, crc)| (header, *crc)), &mut frame);
+    wire::encode_extents(epoch, announced.iter(), &mut frame);
     frame.extend(payload);
+    frame.extend(crcs);
     frame
 }
 
@@ -280,12 +284,13 @@ async fn a_well_formed_frame_lands() {
 #[tokio::test]
 async fn a_corrupt_payload_is_reported_and_ends_the_connection() {
     let mut victim = Victim::patient().await;
-    let mut bytes = frame(EPOCH, &[(0, 0..2), (1, 0..2)], 5);
-    let last = bytes.len() - 1;
-    bytes[last] ^= 1;
+    let mut bytes = frame(EPOCH, &[(3, 0..2)], 5);
+    bytes.extend(frame(EPOCH, &[(0, 0..2), (1, 0..2)], 5));
+    let last_of_payload = bytes.len() - 1 - 2 * wire::CRC_BYTES;
+    bytes[last_of_payload] ^= 1;
     bytes.extend(frame(EPOCH, &[(2, 0..2)], 5));
     let seen = victim.fed(&bytes).await;
-    assert_eq!(seen.landed, [(0, 0..2)]);
+    assert_eq!(seen.landed, [(3, 0..2)]);
     assert_eq!(seen.corrupt, [1]);
     victim.end().await;
 }
@@ -296,7 +301,7 @@ async fn what_is_torn_lands_nowhere() {
     let bytes = frame(EPOCH, &[(0, 0..2), (1, 0..2)], 5);
     for cut in [1, 20, wire::PREFIX_BYTES, bytes.len() - 1] {
         let seen = victim.fed(&bytes[..cut]).await;
-        assert_eq!(seen.landed.len(), usize::from(cut == bytes.len() - 1), "cut at {cut}");
+        assert_eq!((seen.landed.len(), seen.claims), (0, 0), "cut at {cut}");
     }
     victim.end().await;
 }
@@ -442,62 +447,157 @@ async fn a_false_receiver_is_named_for_what_it_is() {
         .await;
 }
 
+fn whole_blocks(count: u32, claim: &crate::transport::SourceClaim) -> Vec<Extent> {
+    (0..count)
+        .map(|ordinal| Extent {
+            ordinal,
+            layers: 0..2,
+            source: BlockId(0),
+            destination: BlockId(ordinal),
+            claim: Arc::clone(claim),
+        })
+        .collect()
+}
+
+/// Bytes of a frame of one whole block, checksums on.
+const FRAME: usize = wire::PREFIX_BYTES + 2 * LAYER + wire::CRC_BYTES;
+
 #[tokio::test]
-async fn a_receiver_that_talks_or_takes_nothing_ends_the_path() {
+async fn a_receiver_that_takes_or_acknowledges_nothing_ends_the_path() {
     tokio::task::LocalSet::new()
         .run_until(async {
             let victim = Victim::start(Duration::from_millis(300)).await;
             let claim: crate::transport::SourceClaim = Arc::new(());
-            let extents = |count: u32| -> Vec<Extent> {
-                (0..count)
-                    .map(|ordinal| Extent {
-                        ordinal,
-                        layers: 0..2,
-                        source: BlockId(0),
-                        destination: BlockId(ordinal),
-                        claim: Arc::clone(&claim),
-                    })
-                    .collect()
-            };
+            for takes in [false, true] {
+                let (peer, address, task) = fake(async move |mut stream: TcpStream, asking: Hello| {
+                    stream.write_all(&accepting(&asking).encode()).await.unwrap();
+                    while takes && stream.read(&mut [0; 4096]).await.is_ok_and(|got| got > 0) {}
+                    std::future::pending::<()>().await;
+                })
+                .await;
+                let path = connect(&victim, &peer, &address).await.unwrap();
+                // 32 MiB: more than the sockets hold.
+                let error = path.write(EPOCH, whole_blocks(64 << 10, &claim)).await.unwrap_err();
+                let timed_out = PathError::Lost {
+                    kind: ErrorKind::TimedOut,
+                };
+                assert!(
+                    matches!(error, PathError::Stalled { .. }) || !takes && error == timed_out,
+                    "takes {takes}: {error}"
+                );
+                assert!(error.is_retryable());
+                path.close().await;
+                assert_eq!(Arc::strong_count(&claim), 1);
+                task.abort();
+            }
+            victim.end().await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_write_ends_when_it_is_acknowledged_and_its_claims_before() {
+    tokio::task::LocalSet::new()
+        .run_until(async {
+            let victim = Victim::patient().await;
+            let claim: crate::transport::SourceClaim = Arc::new(());
+            let (say, said) = tokio::sync::oneshot::channel::<()>();
             let (peer, address, task) = fake(async |mut stream: TcpStream, asking: Hello| {
                 stream.write_all(&accepting(&asking).encode()).await.unwrap();
-                stream.write_all(b"!").await.unwrap();
-                while stream.read(&mut [0; 4096]).await.is_ok_and(|got| got > 0) {}
+                stream.read_exact(&mut [0; 3 * FRAME]).await.unwrap();
+                said.await.unwrap();
+                // In two pieces, and one for all three.
+                let ack = wire::encode_ack(3);
+                stream.write_all(&ack[..5]).await.unwrap();
+                stream.flush().await.unwrap();
+                stream.write_all(&ack[5..]).await.unwrap();
+                assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
             })
             .await;
             let path = connect(&victim, &peer, &address).await.unwrap();
-            while path.write(EPOCH, extents(1)).await.is_ok() {
+            let mut writes = futures::future::join_all((0..3).map(|_| path.write(EPOCH, whole_blocks(1, &claim))));
+            assert!(futures::poll!(&mut writes).is_pending());
+            while Arc::strong_count(&claim) > 1 {
                 tokio::task::yield_now().await;
             }
-            let lost = PathError::Lost {
-                kind: ErrorKind::InvalidData,
-            };
-            assert_eq!(path.write(EPOCH, extents(1)).await, Err(lost));
+            assert!(futures::poll!(&mut writes).is_pending());
+            say.send(()).unwrap();
+            assert_eq!(writes.await, [Ok(()), Ok(()), Ok(())]);
             path.close().await;
             task.await.unwrap();
+            victim.end().await;
+        })
+        .await;
+}
 
+#[tokio::test]
+async fn a_false_acknowledgement_ends_the_path() {
+    tokio::task::LocalSet::new()
+        .run_until(async {
+            let victim = Victim::patient().await;
+            let claim: crate::transport::SourceClaim = Arc::new(());
+            let torn = {
+                let mut ack = wire::encode_ack(1);
+                ack[0] ^= 2;
+                ack.to_vec()
+            };
+            let twice = [wire::encode_ack(1), wire::encode_ack(1)].concat();
+            let talk = b"what is this?".to_vec();
+            let false_ones = [
+                torn,
+                twice,
+                talk,
+                wire::encode_ack(0).to_vec(),
+                wire::encode_ack(9).to_vec(),
+            ];
+            for said in false_ones {
+                let (peer, address, task) = fake(async move |mut stream: TcpStream, asking: Hello| {
+                    stream.write_all(&accepting(&asking).encode()).await.unwrap();
+                    stream.read_exact(&mut [0; FRAME]).await.unwrap();
+                    stream.write_all(&said).await.unwrap();
+                    while stream.read(&mut [0; 4096]).await.is_ok_and(|got| got > 0) {}
+                })
+                .await;
+                let path = connect(&victim, &peer, &address).await.unwrap();
+                let error = loop {
+                    if let Err(error) = path.write(EPOCH, whole_blocks(1, &claim)).await {
+                        break error;
+                    }
+                };
+                let lost = PathError::Lost {
+                    kind: ErrorKind::InvalidData,
+                };
+                assert_eq!(error, lost);
+                assert_eq!(path.write(EPOCH, whole_blocks(1, &claim)).await, Err(lost));
+                path.close().await;
+                assert_eq!(Arc::strong_count(&claim), 1);
+                task.await.unwrap();
+            }
+            victim.end().await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_receiver_that_leaves_is_noticed_at_rest() {
+    tokio::task::LocalSet::new()
+        .run_until(async {
+            let victim = Victim::patient().await;
             let (peer, address, task) = fake(async |mut stream: TcpStream, asking: Hello| {
                 stream.write_all(&accepting(&asking).encode()).await.unwrap();
-                std::future::pending::<()>().await;
             })
             .await;
             let path = connect(&victim, &peer, &address).await.unwrap();
-            // 32 MiB: more than the sockets hold.
-            let error = path.write(EPOCH, extents(64 << 10)).await.unwrap_err();
-            assert!(
-                matches!(
-                    error,
-                    PathError::Stalled { .. }
-                        | PathError::Lost {
-                            kind: ErrorKind::TimedOut
-                        }
-                ),
-                "{error}"
-            );
-            assert!(error.is_retryable());
-            path.close().await;
-            assert_eq!(Arc::strong_count(&claim), 1);
-            task.abort();
+            task.await.unwrap();
+            // Its thread ends without a write.
+            let left = || victim.supervisor.task_names().contains(&"transfer-tcp-send");
+            while left() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let lost = PathError::Lost {
+                kind: ErrorKind::UnexpectedEof,
+            };
+            assert_eq!(path.fence(EPOCH).await, Err(lost));
             victim.end().await;
         })
         .await;

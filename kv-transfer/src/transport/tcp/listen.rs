@@ -2,6 +2,7 @@
 
 use super::connect::{connect, read_hello, tune};
 use super::receive::{Receiver, Socket};
+use super::wait::Wake;
 use super::wire::{HELLO_BYTES, Hello, Verdict, WireError};
 use crate::transport::local::check_same;
 use crate::transport::writers::{NoEntry, WriterEntry, Writers};
@@ -166,10 +167,29 @@ async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, permit:
     };
     drop(permit);
     match shaken {
-        Ok(Ok(receiver)) => receiver.run().await,
+        Ok(Ok(receiver)) => receive(&shared, receiver).await,
         Ok(Err(reason)) => tracing::debug!(%from, reason, "data connection refused"),
         Err(_) => tracing::debug!(%from, ?waited, "data connection did not shake hands"),
     }
+}
+
+/// Receives on a thread of its own.
+async fn receive(shared: &Shared, receiver: Receiver) {
+    let (wake, stop) = (receiver.wake(), receiver.stopped());
+    let started = shared
+        .local
+        .supervisor
+        .spawn_thread("transfer-tcp-receive", move || receiver.run());
+    let thread = match started {
+        Ok(thread) => thread,
+        Err(error) => return tracing::warn!(%error, "no thread for a data connection"),
+    };
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => wake.stop(),
+        () = thread.join() => {}
+    }
+    thread.join().await;
 }
 
 /// The receiver's end of the handshake.
@@ -208,15 +228,18 @@ async fn shake(shared: &Shared, mut stream: TcpStream) -> Result<Receiver, &'sta
             return Err(reason);
         }
     };
+    told.map_err(|_| "it closed before it was answered")?;
+    let (stream, wake) = match (stream.into_std(), Wake::new()) {
+        (Ok(stream), Ok(wake)) => (stream, Arc::new(wake)),
+        (Err(_), _) | (_, Err(_)) => return Err("the system gives no descriptor"),
+    };
     let socket = Socket {
         stream,
         clock: shared.local.clock,
         progress_timeout: options.progress_timeout,
-        stop: entry.stopped().clone(),
+        wake,
     };
-    let receiver = Receiver::new(socket, crc, shared.local.arena.clone(), entry);
-    told.map_err(|_| "it closed before it was answered")?;
-    Ok(receiver)
+    Ok(Receiver::new(socket, crc, shared.local.arena.clone(), entry))
 }
 
 /// Whether this writer may write here.

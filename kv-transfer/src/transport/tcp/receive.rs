@@ -1,25 +1,31 @@
-//! The receiver's end of one connection: claims each extent before its payload, receives into the claimed block, lands it.
+//! The receiver's end of one connection: claims the extents of a frame before their payloads, receives into the claimed blocks,
+//! lands them, and says so.
 //!
 //! Invariants: nothing of a peer's making is trusted before the head's checksum and the geometry were checked; a byte goes
 //! into the arena only under a claim; what was rejected goes into a scratch buffer; a payload whose checksum is wrong ends
-//! the connection. Between frames the connection may be silent, within one it may not.
+//! the connection. Between frames the connection may be silent, within one it may not. The thread polls while bytes come,
+//! and sleeps else.
 
-use super::wire::{self, Announced, DESCRIPTOR_BYTES, Frame, PREFIX_BYTES, WireError};
+use super::acks::Acknowledger;
+use super::wait::{SPIN, Spin, Wake};
+use super::wire::{self, CRC_BYTES, DESCRIPTOR_BYTES, Frame, PREFIX_BYTES, WireError};
 use crate::PathKind;
-use crate::transport::raw::{CRC32C, Destination, PARTS_MAX, Scatter};
+use crate::transport::raw::{CRC32C, Destinations, Scatter};
 use crate::transport::writers::WriterEntry;
 use crate::transport::{ExtentHeader, metric};
-use baton_node_runtime::Clock;
+use baton_node_runtime::{CancellationToken, Clock};
 use baton_types::ArenaView;
 use crc_fast::Digest;
+use rustix::event::PollFlags;
 use std::convert::Infallible;
 use std::io::{self, ErrorKind};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
-use tokio_util::sync::CancellationToken;
 
+/// Bytes asked of one call: what came is still in the cache when its checksum is taken.
+const RECEIVE_BYTES: usize = 512 << 10;
 /// Where rejected payloads go.
 const SCRATCH_BYTES: usize = 64 << 10;
 
@@ -44,58 +50,63 @@ pub(super) enum End {
 
 /// A socket with the bounds on waiting for it.
 pub(super) struct Socket {
+    /// It does not block.
     pub(super) stream: TcpStream,
     pub(super) clock: Clock,
     pub(super) progress_timeout: Duration,
-    pub(super) stop: CancellationToken,
+    pub(super) wake: Arc<Wake>,
 }
 
 impl Socket {
-    /// Waits for bytes: without bound where the writer may be silent.
-    async fn readable(&self, idle: bool) -> Result<(), End> {
-        let readable = async {
-            if idle {
-                return self.stream.readable().await.map_err(|error| lost(&error));
-            }
-            let waited = self.progress_timeout;
-            match self.clock.timeout(waited, self.stream.readable()).await {
-                Ok(ready) => ready.map_err(|error| lost(&error)),
-                Err(_) => Err(End::Stalled { waited }),
-            }
-        };
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => Err(End::Stopped),
-            ready = readable => ready,
-        }
-    }
-
-    /// One call: how much came, none where nothing is there yet.
-    fn attempt(&self, receive: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>) -> Result<Option<usize>, End> {
-        if self.stop.is_cancelled() {
-            return Err(End::Stopped);
-        }
-        match self.stream.try_io(Interest::READABLE, || receive(self.stream.as_fd())) {
-            Ok(got) => Ok(Some(got)),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
-            Err(error) => Err(lost(&error)),
-        }
-    }
-
-    /// Receives some bytes, at least one; `idle` where the writer may be silent, or close.
-    async fn some(&self, idle: bool, into: &mut [u8]) -> Result<usize, End> {
+    /// Receives some bytes, at least one; `idle` where the writer may be silent, or close. What is to be acknowledged goes
+    /// out meanwhile.
+    fn receive(
+        &self,
+        idle: bool,
+        acknowledger: &mut Acknowledger,
+        mut receive: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Result<usize, End> {
+        let mut spin = Spin::new(self.clock, SPIN);
         loop {
-            let got = self.attempt(|socket| {
-                let mut parts = Scatter::default();
-                parts.push_bytes(into);
-                parts.receive(socket)
-            })?;
-            match got {
-                Some(0) => return Err(if idle { End::Closed } else { End::Torn }),
-                Some(got) => return Ok(got),
-                None => self.readable(idle).await?,
+            if self.wake.is_stopped() {
+                return Err(End::Stopped);
+            }
+            match receive(self.stream.as_fd()) {
+                Ok(0) => return Err(if idle { End::Closed } else { End::Torn }),
+                Ok(got) => return Ok(got),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(lost(&error)),
+            }
+            if acknowledger.is_waiting() {
+                acknowledger.say(&self.stream).map_err(|error| lost(&error))?;
+            }
+            if !spin.again() {
+                self.sleep(idle, acknowledger.is_waiting())?;
             }
         }
+    }
+
+    /// Waits for bytes: without bound where the writer may be silent.
+    fn sleep(&self, idle: bool, acknowledging: bool) -> Result<(), End> {
+        let mut ready = PollFlags::IN;
+        ready.set(PollFlags::OUT, acknowledging);
+        let waited = self.progress_timeout;
+        self.wake.about_to_sleep();
+        let happened = self.wake.sleep(self.stream.as_fd(), ready, (!idle).then_some(waited));
+        match happened.map_err(|error| lost(&error))? {
+            true => Ok(()),
+            false => Err(End::Stalled { waited }),
+        }
+    }
+
+    /// Receives some bytes of a head.
+    fn some(&self, idle: bool, acknowledger: &mut Acknowledger, into: &mut [u8]) -> Result<usize, End> {
+        self.receive(idle, acknowledger, |socket| {
+            let mut parts = Scatter::default();
+            parts.push_bytes(into);
+            parts.receive(socket)
+        })
     }
 }
 
@@ -105,9 +116,13 @@ fn lost(error: &io::Error) -> End {
 
 /// One connection of a writer. Fields drop in order: claims, socket, and last the entry that says so.
 pub(super) struct Receiver {
-    batch: Batch,
+    /// The frame that is being received.
+    batch: Option<Batch>,
     socket: Socket,
+    acknowledger: Acknowledger,
+    crc: bool,
     arena: ArenaView,
+    scratch: Vec<u8>,
     entry: WriterEntry,
 }
 
@@ -121,16 +136,29 @@ impl Receiver {
     /// `crc`: payloads carry checksums.
     pub(super) fn new(socket: Socket, crc: bool, arena: ArenaView, entry: WriterEntry) -> Self {
         Self {
-            batch: Batch::new(crc),
+            batch: None,
             socket,
+            acknowledger: Acknowledger::new(),
+            crc,
             arena,
+            scratch: Vec::new(),
             entry,
         }
     }
 
-    /// Receives until the connection ends, for whatever reason.
-    pub(super) async fn run(mut self) {
-        let Err(end) = self.receive().await;
+    /// What makes [`Self::run`] end.
+    pub(super) fn wake(&self) -> Arc<Wake> {
+        Arc::clone(&self.socket.wake)
+    }
+
+    /// Cancelled when it is to end.
+    pub(super) fn stopped(&self) -> CancellationToken {
+        self.entry.stopped().clone()
+    }
+
+    /// Receives on this thread until the connection ends, for whatever reason.
+    pub(super) fn run(mut self) {
+        let Err(end) = self.receive();
         let (from, path) = (self.entry.from(), PathKind::Tcp);
         let (writer, connection) = (from.instance, from.connection);
         match &end {
@@ -152,7 +180,7 @@ impl Receiver {
         }
     }
 
-    async fn receive(&mut self) -> Result<Infallible, End> {
+    fn receive(&mut self) -> Result<Infallible, End> {
         let mut ahead = Ahead {
             bytes: [0; PREFIX_BYTES],
             have: 0,
@@ -160,12 +188,10 @@ impl Receiver {
         let mut head = Vec::new();
         loop {
             while ahead.have < PREFIX_BYTES {
-                let idle = ahead.have == 0;
-                ahead.have += self.socket.some(idle, &mut ahead.bytes[ahead.have..]).await?;
+                let (idle, into) = (ahead.have == 0, &mut ahead.bytes[ahead.have..]);
+                ahead.have += self.socket.some(idle, &mut self.acknowledger, into)?;
             }
             ahead.have = 0;
-            // A writer that never stops keeps nobody else from running.
-            tokio::task::consume_budget().await;
             let frame = wire::decode_prefix(&ahead.bytes)?;
             head.clear();
             head.extend_from_slice(&ahead.bytes);
@@ -178,153 +204,163 @@ impl Receiver {
                     head.resize(PREFIX_BYTES + (count - 1) * DESCRIPTOR_BYTES, 0);
                     let mut have = PREFIX_BYTES;
                     while have < head.len() {
-                        have += self.socket.some(false, &mut head[have..]).await?;
+                        have += self.socket.some(false, &mut self.acknowledger, &mut head[have..])?;
                     }
-                    let announced = wire::decode_head(&head, frame, self.arena.geometry())?;
-                    self.claim(announced);
-                    self.payloads(&mut ahead).await?;
+                    let headers = wire::decode_head(&head, frame, self.arena.geometry())?;
+                    self.claim(headers);
+                    self.payloads(&mut ahead)?;
+                    self.land()?;
                 }
             }
         }
     }
 
     /// Asks for every extent of a frame before any of its payload is received.
-    fn claim(&mut self, announced: Vec<Announced>) {
-        let (landing, from) = (self.entry.landing(), self.entry.from());
-        for Announced { header, crc } in announced {
-            let claimed = landing.claim(from, &header);
-            let destination = claimed.and_then(|claim| Destination::new(&self.arena, &header, claim));
-            let destination = destination
-                .inspect_err(|reject| metric::rejected(PathKind::Tcp, *reject))
-                .ok();
-            self.batch.items.push(Item {
-                header,
-                crc,
-                destination,
-            });
-        }
+    fn claim(&mut self, headers: Vec<ExtentHeader>) {
+        let claims = self.entry.landing().claim_all(self.entry.from(), &headers);
+        let rejected = |reject| metric::rejected(PathKind::Tcp, reject);
+        let to = Destinations::new(&self.arena, &headers, claims, rejected);
+        self.batch = Some(Batch::new(headers, to, self.crc));
     }
 
-    /// Receives the payloads of a frame, and as much of the next one's prefix as comes along.
-    async fn payloads(&mut self, ahead: &mut Ahead) -> Result<(), End> {
-        while !self.batch.is_done() {
-            let Self { batch, socket, .. } = self;
-            let got = socket.attempt(|socket| batch.parts(&mut ahead.bytes).receive(socket))?;
-            match got {
-                Some(0) => return Err(End::Torn),
-                Some(got) => {
-                    ahead.have = batch.arrived(got)?;
-                    tokio::task::consume_budget().await;
-                }
-                None => socket.readable(false).await?,
-            }
+    /// Receives the payloads and the trailer of a frame, and as much of the next one's prefix as comes along.
+    fn payloads(&mut self, ahead: &mut Ahead) -> Result<(), End> {
+        let Self {
+            batch: Some(batch),
+            socket,
+            acknowledger,
+            scratch,
+            ..
+        } = self
+        else {
+            return Ok(());
+        };
+        while !batch.is_done() {
+            let got = socket.receive(false, acknowledger, |socket| {
+                batch.parts(scratch, &mut ahead.bytes).receive(socket)
+            })?;
+            ahead.have = batch.arrived(got);
         }
-        self.batch.finish();
         Ok(())
     }
-}
 
-struct Item {
-    header: ExtentHeader,
-    crc: u32,
-    /// None: rejected, its payload is discarded.
-    destination: Option<Destination>,
+    /// Lands what is wanted, and says that the frame was applied. Where a checksum is wrong nothing of the frame lands, and
+    /// its claims live on until that has been reported.
+    fn land(&mut self) -> Result<(), End> {
+        if let Some(header) = self.batch.as_ref().and_then(Batch::first_wrong) {
+            let header = header.clone();
+            return Err(End::Corrupt { header });
+        }
+        let Some(batch) = self.batch.take() else { return Ok(()) };
+        let (mut extents, mut bytes) = (0, 0);
+        let wanted: Vec<bool> = (0..batch.headers.len())
+            .map(|index| batch.to.is_wanted(index))
+            .collect();
+        let lens = batch.headers.iter().zip(&wanted).filter(|(_, wanted)| **wanted);
+        for (landed, (header, _)) in batch.to.land(&wanted).into_iter().zip(lens) {
+            match landed {
+                Ok(()) => {
+                    extents += 1;
+                    bytes += header.len as usize;
+                }
+                Err(reject) => metric::rejected(PathKind::Tcp, reject),
+            }
+        }
+        metric::landed(PathKind::Tcp, extents, bytes);
+        self.acknowledger.applied();
+        let said = self.acknowledger.say(&self.socket.stream);
+        said.map_err(|error| lost(&error))
+    }
 }
 
 /// The extents of the frame that is being received.
 struct Batch {
+    headers: Vec<ExtentHeader>,
+    to: Destinations,
     check: bool,
-    items: Vec<Item>,
-    /// The item that is being received, and how much of it came.
+    /// The extent that is being received, and how much of it came; behind the last, the trailer.
     at: usize,
     have: usize,
     /// Over what came of it.
     digest: Digest,
-    landed: usize,
-    landed_bytes: usize,
-    scratch: Vec<u8>,
+    /// Of each extent; of no meaning where it is not wanted.
+    crcs: Vec<u32>,
+    trailer: Vec<u8>,
 }
 
 impl Batch {
-    fn new(check: bool) -> Self {
+    fn new(headers: Vec<ExtentHeader>, to: Destinations, check: bool) -> Self {
+        let checked = if check { headers.len() } else { 0 };
         Self {
+            to,
             check,
-            items: Vec::new(),
             at: 0,
             have: 0,
             digest: Digest::new(CRC32C),
-            landed: 0,
-            landed_bytes: 0,
-            scratch: Vec::new(),
+            crcs: Vec::with_capacity(checked),
+            trailer: vec![0; checked * CRC_BYTES],
+            headers,
         }
     }
 
     fn is_done(&self) -> bool {
-        self.at == self.items.len()
+        self.at == self.headers.len() && self.have == self.trailer.len()
     }
 
-    /// Where the next bytes go: up to the first rejected extent, or all, and then into the next frame's prefix.
-    fn parts<'a>(&'a mut self, prefix: &'a mut [u8; PREFIX_BYTES]) -> Scatter<'a> {
+    /// Where the next bytes go: up to the first extent that is not wanted; or to the end, the trailer, and then the next
+    /// frame's prefix.
+    fn parts<'a>(&'a mut self, scratch: &'a mut Vec<u8>, prefix: &'a mut [u8; PREFIX_BYTES]) -> Scatter<'a> {
         let mut parts = Scatter::default();
-        let mut have = self.have;
-        for item in &mut self.items[self.at..] {
-            if parts.len() + 1 >= PARTS_MAX {
-                return parts;
-            }
-            match &mut item.destination {
-                Some(destination) => parts.push_destination(destination, have),
-                None => {
-                    self.scratch.resize(SCRATCH_BYTES, 0);
-                    let len = SCRATCH_BYTES.min(item.header.len as usize - have);
-                    parts.push_bytes(&mut self.scratch[..len]);
-                    return parts;
-                }
-            }
-            have = 0;
+        let Some(header) = self.headers.get(self.at) else {
+            parts.push_bytes(&mut self.trailer[self.have..]);
+            parts.push_bytes(prefix);
+            return parts;
+        };
+        if !self.to.is_wanted(self.at) {
+            scratch.resize(SCRATCH_BYTES, 0);
+            parts.push_bytes(&mut scratch[..SCRATCH_BYTES.min(header.len as usize - self.have)]);
+            return parts;
         }
-        parts.push_bytes(prefix);
+        let (room, next) = parts.push_destinations(&mut self.to, self.at, self.have, RECEIVE_BYTES);
+        if room > 0 && next == self.headers.len() && !parts.is_full() {
+            parts.push_bytes(&mut self.trailer);
+            parts.push_bytes(prefix);
+        }
         parts
     }
 
-    /// So many bytes came into [`Self::parts`]: lands what is whole. Gives those that belong to the next prefix.
-    fn arrived(&mut self, mut bytes: usize) -> Result<usize, End> {
-        while let Some(item) = self.items.get_mut(self.at) {
-            let taken = bytes.min(item.header.len as usize - self.have);
-            if let (true, Some(destination)) = (self.check, &item.destination) {
-                destination.digest(&mut self.digest, self.have, taken);
+    /// So many bytes came into [`Self::parts`]. Gives those that belong to the next prefix.
+    fn arrived(&mut self, mut bytes: usize) -> usize {
+        while let Some(header) = self.headers.get(self.at) {
+            let left = header.len as usize - self.have;
+            let taken = bytes.min(left);
+            if self.check {
+                self.to.digest(self.at, &mut self.digest, self.have, taken);
             }
             self.have += taken;
             bytes -= taken;
-            if self.have < item.header.len as usize {
-                return Ok(0);
+            if taken < left {
+                return 0;
             }
-            if let Some(destination) = &item.destination
-                && self.check
-                && self.digest.finalize_reset() as u32 != item.crc
-            {
-                debug_assert_eq!(destination.len(), self.have);
-                return Err(End::Corrupt {
-                    header: item.header.clone(),
-                });
-            }
-            match item.destination.take().map(Destination::land) {
-                Some(Ok(())) => {
-                    self.landed += 1;
-                    self.landed_bytes += self.have;
-                }
-                Some(Err(reject)) => metric::rejected(PathKind::Tcp, reject),
-                None => {}
+            if self.check {
+                // The algorithm's values have 32 bits.
+                self.crcs.push(self.digest.finalize_reset() as u32);
             }
             self.at += 1;
             self.have = 0;
         }
-        Ok(bytes)
+        let taken = bytes.min(self.trailer.len() - self.have);
+        self.have += taken;
+        bytes - taken
     }
 
-    /// Makes ready for the next frame.
-    fn finish(&mut self) {
-        metric::landed(PathKind::Tcp, self.landed, self.landed_bytes);
-        self.items.clear();
-        (self.at, self.have, self.landed, self.landed_bytes) = (0, 0, 0, 0);
+    /// The first wanted extent whose checksum is wrong.
+    fn first_wrong(&self) -> Option<&ExtentHeader> {
+        let (said, _) = self.trailer.as_chunks::<CRC_BYTES>();
+        let wrong = |(index, said): (usize, &[u8; CRC_BYTES])| {
+            self.to.is_wanted(index) && self.crcs.get(index) != Some(&u32::from_le_bytes(*said))
+        };
+        let index = said.iter().enumerate().position(wrong)?;
+        self.headers.get(index)
     }
 }

@@ -1,15 +1,20 @@
 //! The wire format of data connections. All integers are little-endian.
 //!
-//! A connection begins with one [`Hello`] each way, writer first; then frames flow from the writer only. A frame is a head,
-//! which is a fixed prefix with the first descriptor in it, then the other descriptors, then the payloads of all its extents,
-//! back to back in the descriptors' order. So a receiver learns of many extents at once and receives them by one call.
+//! A connection begins with one [`Hello`] each way, writer first; then frames flow from the writer, and acknowledgements to it.
+//! A frame is a head, which is a fixed prefix with the first descriptor in it, then the other descriptors; then the payloads
+//! of all its extents, back to back in the descriptors' order; then, where both ends agreed on checksums, one for each of them.
+//! So a receiver learns of many extents at once and receives them by one call, and a writer takes the checksums of payloads as
+//! it sends them.
 //!
 //! ```text
 //! prefix      version u8 | kind u8 | count u16 | head crc32c u32 | epoch u64 | descriptor of extent 0 (zeros in a fence)
-//! descriptor  ordinal u32 | first layer u32 | layers' end u32 | payload bytes u32 | payload crc32c u32
+//! descriptor  ordinal u32 | first layer u32 | layers' end u32 | payload bytes u32
+//! trailer     payload crc32c u32 for each extent
+//! acknowledgement   frames of extents applied so far u64 | crc32c u32
 //! ```
-//! The head's checksum covers all of the head with the checksum itself as zeros; it is always on. A payload's checksum is
-//! zero where both ends agreed on none. Everything is checked before anything is allocated or received for it.
+//! The head's checksum covers all of the head with the checksum itself as zeros; it is always on. Everything is checked before
+//! anything is allocated or received for it. A frame is applied when all its extents have landed or were rejected; a later
+//! acknowledgement covers earlier frames.
 
 use crate::transport::ExtentHeader;
 use crate::transport::raw::CRC32C;
@@ -19,16 +24,20 @@ use baton_types::{Epoch, Instance, KvDtype, KvGeometry, ModelFingerprint};
 /// First bytes of every data connection. Control connections begin with others.
 const MAGIC: [u8; 8] = *b"BATON-EX";
 /// Version of the frames, within the major version of the handshake.
-const FRAME_VERSION: u8 = 1;
+const FRAME_VERSION: u8 = 2;
 const KIND_EXTENTS: u8 = 1;
 const KIND_FENCE: u8 = 2;
 const HEADER_BYTES: usize = 16;
 /// Bytes of one descriptor.
-pub(super) const DESCRIPTOR_BYTES: usize = 20;
+pub(super) const DESCRIPTOR_BYTES: usize = 16;
 /// Bytes of the fixed part of a frame's head.
 pub(super) const PREFIX_BYTES: usize = HEADER_BYTES + DESCRIPTOR_BYTES;
 /// Most extents in one frame.
-pub(super) const EXTENTS_MAX: usize = 1000;
+pub(super) const EXTENTS_MAX: usize = 1024;
+/// Bytes of one checksum in a trailer.
+pub(super) const CRC_BYTES: usize = 4;
+/// Bytes of an acknowledgement.
+pub(super) const ACK_BYTES: usize = 12;
 /// Magic and major version.
 pub(in crate::transport) const VERSION_BYTES: usize = 12;
 /// Bytes of a [`Hello`].
@@ -198,28 +207,22 @@ pub(super) enum Frame {
     Fence { epoch: Epoch },
 }
 
-/// One extent as a frame's head announces it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Announced {
-    pub(super) header: ExtentHeader,
-    pub(super) crc: u32,
-}
-
 /// Appends the head of a frame of these extents.
 ///
 /// # Panics
 /// With none of them, or more than [`EXTENTS_MAX`].
 pub(super) fn encode_extents<'a>(
     epoch: Epoch,
-    extents: impl ExactSizeIterator<Item = (&'a ExtentHeader, u32)>,
+    extents: impl ExactSizeIterator<Item = &'a ExtentHeader>,
     out: &mut Vec<u8>,
 ) {
     let count = extents.len();
     assert!((1..=EXTENTS_MAX).contains(&count), "{count} extents in a frame");
     let start = out.len();
+    out.reserve(HEADER_BYTES + count * DESCRIPTOR_BYTES);
     out.extend_from_slice(&header(KIND_EXTENTS, count as u16, epoch));
-    for (extent, crc) in extents {
-        for value in [extent.ordinal, extent.layers.start, extent.layers.end, extent.len, crc] {
+    for extent in extents {
+        for value in [extent.ordinal, extent.layers.start, extent.layers.end, extent.len] {
             out.extend_from_slice(&value.to_le_bytes());
         }
     }
@@ -290,7 +293,7 @@ pub(super) fn decode_prefix(prefix: &[u8; PREFIX_BYTES]) -> Result<Frame, WireEr
 ///
 /// # Errors
 /// A wrong checksum; layers or a length that the geometry does not have.
-pub(super) fn decode_head(head: &[u8], frame: Frame, geometry: &KvGeometry) -> Result<Vec<Announced>, WireError> {
+pub(super) fn decode_head(head: &[u8], frame: Frame, geometry: &KvGeometry) -> Result<Vec<ExtentHeader>, WireError> {
     let mut digest = crc_fast::Digest::new(CRC32C);
     digest.update(&head[..4]);
     digest.update(&[0; 4]);
@@ -314,22 +317,43 @@ fn decode_descriptor(
     bytes: &[u8; DESCRIPTOR_BYTES],
     epoch: Epoch,
     geometry: &KvGeometry,
-) -> Result<Announced, WireError> {
+) -> Result<ExtentHeader, WireError> {
     let mut take = Take { bytes, at: 0 };
-    let (ordinal, first, end, len, crc) = (take.u32(), take.u32(), take.u32(), take.u32(), take.u32());
+    let (ordinal, first, end, len) = (take.u32(), take.u32(), take.u32(), take.u32());
     check("layers' end", end, |end| end <= geometry.layers)?;
     check("first layer", first, |first| first < end)?;
     let wanted = u64::from(end - first) * geometry.layer_bytes() as u64;
     check("payload bytes", len, |len| u64::from(len) == wanted)?;
-    Ok(Announced {
-        header: ExtentHeader {
-            epoch,
-            ordinal,
-            layers: first..end,
-            len,
-        },
-        crc,
+    Ok(ExtentHeader {
+        epoch,
+        ordinal,
+        layers: first..end,
+        len,
     })
+}
+
+/// An acknowledgement of so many frames.
+pub(super) fn encode_ack(applied: u64) -> [u8; ACK_BYTES] {
+    let mut bytes = [0; ACK_BYTES];
+    let (count, crc) = bytes.split_at_mut(8);
+    count.copy_from_slice(&applied.to_le_bytes());
+    crc.copy_from_slice(&crc32c(count).to_le_bytes());
+    bytes
+}
+
+/// How many frames were applied.
+///
+/// # Errors
+/// What is no acknowledgement.
+pub(super) fn decode_ack(bytes: &[u8; ACK_BYTES]) -> Result<u64, WireError> {
+    let mut take = Take { bytes, at: 0 };
+    let (applied, crc) = (take.u64(), take.u32());
+    match crc == crc32c(&bytes[..8]) {
+        true => Ok(applied),
+        false => Err(WireError::Checksum {
+            part: "acknowledgement",
+        }),
+    }
 }
 
 fn check(field: &'static str, value: u32, right: impl FnOnce(u32) -> bool) -> Result<(), WireError> {
@@ -403,19 +427,16 @@ mod tests {
         dtype: KvDtype::F16,
     };
 
-    fn extents() -> impl Strategy<Value = Vec<(ExtentHeader, u32)>> {
-        let one = (any::<u32>(), 0..30u32, any::<u32>(), any::<u32>()).prop_map(|(ordinal, first, span, crc)| {
+    fn extents() -> impl Strategy<Value = Vec<ExtentHeader>> {
+        let one = (any::<u32>(), 0..30u32, any::<u32>()).prop_map(|(ordinal, first, span)| {
             let layers = first..first + 1 + span % (30 - first);
             let len = (layers.len() * GEOMETRY.layer_bytes()) as u32;
-            (
-                ExtentHeader {
-                    epoch: Epoch(0),
-                    ordinal,
-                    layers,
-                    len,
-                },
-                crc,
-            )
+            ExtentHeader {
+                epoch: Epoch(0),
+                ordinal,
+                layers,
+                len,
+            }
         });
         proptest::collection::vec(one, 1..40)
     }
@@ -425,7 +446,7 @@ mod tests {
     }
 
     /// Reads a head as the receiver does.
-    fn read(head: &[u8]) -> Result<(Frame, Vec<Announced>), WireError> {
+    fn read(head: &[u8]) -> Result<(Frame, Vec<ExtentHeader>), WireError> {
         let frame = decode_prefix(&prefix(head))?;
         let len = match frame {
             Frame::Extents { count, .. } => PREFIX_BYTES + (count - 1) * DESCRIPTOR_BYTES,
@@ -438,15 +459,22 @@ mod tests {
     proptest! {
         #[test]
         fn a_head_survives_the_wire(epoch: u64, mut extents in extents()) {
-            for (header, _) in &mut extents {
+            for header in &mut extents {
                 header.epoch = Epoch(epoch);
             }
             let mut head = Vec::new();
-            encode_extents(Epoch(epoch), extents.iter().map(|(header, crc)| (header, *crc)), &mut head);
+            encode_extents(Epoch(epoch), extents.iter(), &mut head);
             let (frame, read) = read(&head).unwrap();
             prop_assert_eq!(frame, Frame::Extents { epoch: Epoch(epoch), count: extents.len() });
-            let wanted: Vec<_> = extents.into_iter().map(|(header, crc)| Announced { header, crc }).collect();
-            prop_assert_eq!(read, wanted);
+            prop_assert_eq!(read, extents);
+        }
+
+        #[test]
+        fn an_acknowledgement_survives_the_wire(applied: u64, bit in 0..8 * ACK_BYTES) {
+            let mut bytes = encode_ack(applied);
+            prop_assert_eq!(decode_ack(&bytes), Ok(applied));
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(decode_ack(&bytes).is_err());
         }
 
         #[test]
@@ -455,7 +483,7 @@ mod tests {
             if fence {
                 encode_fence(Epoch(epoch), &mut head);
             } else {
-                encode_extents(Epoch(epoch), extents.iter().map(|(header, crc)| (header, *crc)), &mut head);
+                encode_extents(Epoch(epoch), extents.iter(), &mut head);
             }
             let bit = bit.index(8 * head.len());
             head[bit / 8] ^= 1 << (bit % 8);
@@ -504,7 +532,7 @@ mod tests {
                 len,
             };
             let mut head = Vec::new();
-            encode_extents(Epoch(1), [(&header, 0)].into_iter(), &mut head);
+            encode_extents(Epoch(1), [&header].into_iter(), &mut head);
             read(&head).map(|_| ())
         };
         let layer = GEOMETRY.layer_bytes() as u32;
