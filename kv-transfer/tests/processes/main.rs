@@ -2,6 +2,8 @@
 //!
 //! `BATON_TEST_LONG=1` for the long campaigns; `BATON_TEST_SEED` for one to be run again.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "../nodes/mod.rs"]
 mod nodes;
 

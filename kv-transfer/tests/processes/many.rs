@@ -9,6 +9,8 @@ use std::time::Instant;
 
 /// At once.
 const WINDOW: usize = 12;
+/// Of each process: 8 MiB, so that what is compared is not a bare program.
+const BLOCKS: usize = 4096;
 const SENDER: usize = 0;
 const RECEIVER: usize = 1;
 
@@ -41,7 +43,7 @@ fn run(path: PathKind) {
     let (seed, count) = (seed(), if is_long() { 100_000 } else { 5_000 });
     println!("{count} hand-overs over {path}, seed {seed}");
     let (sender, said) = channel();
-    let mut processes = [SENDER, RECEIVER].map(|id| Process::start(id, path, seed, &sender));
+    let mut processes = [SENDER, RECEIVER].map(|id| Process::start(id, path, seed, BLOCKS, &sender));
     let receiver = processes[RECEIVER].peer.clone();
     processes[SENDER].tell(&format!("to receiver {receiver}"));
     let mut campaign = Campaign {

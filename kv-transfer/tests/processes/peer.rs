@@ -13,11 +13,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
-/// Its blocks.
-pub const BLOCKS: usize = 256;
 /// Says which path it takes; without it there is no such process to be.
 pub const PATH: &str = "BATON_TEST_PEER";
 pub const SEED: &str = "BATON_TEST_PEER_SEED";
+pub const BLOCKS: &str = "BATON_TEST_PEER_BLOCKS";
 
 /// Long enough for a slow machine, short enough to be waited for: death after a second of silence.
 fn options(path: PathKind) -> EndpointOptions {
@@ -52,7 +51,7 @@ struct Process {
 fn peer_process() {
     let Ok(path) = std::env::var(PATH) else { return };
     let path: PathKind = path.parse().unwrap();
-    let seed = std::env::var(SEED).unwrap().parse().unwrap();
+    let [seed, blocks] = [SEED, BLOCKS].map(|name| std::env::var(name).unwrap().parse().unwrap());
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -66,14 +65,16 @@ fn peer_process() {
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        // Each new thread takes memory that has nothing to do with what is kept.
+        .max_blocking_threads(4)
         .enable_all()
         .build()
         .unwrap();
-    runtime.block_on(run(path, seed));
+    runtime.block_on(run(path, seed, blocks));
 }
 
-async fn run(path: PathKind, seed: u64) {
-    let node = Node::with(options(path), identity(GEOMETRY), BLOCKS).await;
+async fn run(path: PathKind, seed: u64, blocks: u64) {
+    let node = Node::with(options(path), identity(GEOMETRY), blocks as usize).await;
     for ordinal in 0..SHARED_BLOCKS {
         let block = node.pool.cache(shared_hash(ordinal));
         node.fill(block, shared_content(ordinal));

@@ -28,11 +28,12 @@ pub struct Process {
 
 impl Process {
     /// Starts one, and waits until it listens. What it says later comes to the channel.
-    pub fn start(id: usize, path: PathKind, seed: u64, said: &Sender<Said>) -> Self {
+    pub fn start(id: usize, path: PathKind, seed: u64, blocks: usize, said: &Sender<Said>) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "peer::peer_process", "--nocapture", "--test-threads", "1"])
             .env(peer::PATH, path.name())
             .env(peer::SEED, seed.to_string())
+            .env(peer::BLOCKS, blocks.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
