@@ -46,6 +46,11 @@ pub trait Kind: Send + Sync {
         false
     }
 
+    /// What a write has queued is carried even if the write is dropped.
+    fn queues(&self) -> bool {
+        true
+    }
+
     /// Bytes are emulated: what only repeats is done less often.
     fn slow(&self) -> bool {
         false
@@ -97,6 +102,7 @@ pub struct NodeOptions {
     pub crc: bool,
     pub fingerprint: ModelFingerprint,
     /// It is the receiver: some transports have one device for each end.
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code))]
     pub receives: bool,
 }
 

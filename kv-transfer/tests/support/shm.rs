@@ -44,4 +44,8 @@ impl Kind for Shm {
     fn one_sided(&self) -> bool {
         true
     }
+
+    fn queues(&self) -> bool {
+        false
+    }
 }
