@@ -12,6 +12,7 @@ use baton_kv_transfer::transport::{ConnectError, Extent, Path, PathError, Reject
 use baton_types::{BlockId, Epoch, Instance, ModelFingerprint};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 #[cfg(feature = "rdma")]
 use support::Rdma;
 use support::{Dice, Event, Faults, FaultyPath, Kind, Memory, Node, NodeOptions, Shm, Tcp, geometry};
@@ -267,9 +268,9 @@ async fn a_cancelled_write_keeps_its_claims_until_the_path_is_closed(kind: &dyn 
         () = receiver.book.wait_at_gate() => {}
     }
     drop(write);
-    if kind.queues() {
+    if !kind.one_sided() {
         assert!(Arc::strong_count(&claim) > 1, "what was queued is still claimed");
-    } else {
+    } else if !kind.queues() {
         // What was copied needs no claim any more, and the rest is not queued anywhere.
         assert_free(&claim);
     }
@@ -519,7 +520,8 @@ async fn nobody_at_the_address_is_an_error(kind: &dyn Kind) {
     let supervisor = writer.supervisor.clone();
     writer.transport.shutdown().await;
     assert!(matches!(connect(&address).await, ConnectError::ShuttingDown));
-    assert_eq!(supervisor.tasks(), 0);
+    // A task is off the books a moment after the transport has seen its end.
+    assert_eq!(supervisor.join(Duration::from_secs(30)).await, Ok(()));
 }
 
 async fn extents_that_are_none_are_refused_before_anything_is_sent(kind: &dyn Kind) {
