@@ -2,7 +2,9 @@
 # Tests RDMA through real verbs where there is no RDMA hardware: boots Debian's kernel in QEMU (software emulation, no KVM,
 # nothing of RDMA in the host's kernel) with two soft-RoCE devices, rxe0 (10.99.0.1) and rxe1 (10.99.0.2), joined by a wire.
 #
-#   tests/rdma-guest.sh                        builds and runs the rdma part of the conformance suite and its link cuts
+#   tests/rdma-guest.sh                        builds and runs the rdma part of the conformance suite and its link cuts, then
+#                                              a whole cluster that hands over by rdma and loses its link in mid hand-over
+#   tests/rdma-guest.sh --cluster [MODEL]      the cluster alone; with MODEL, a .gguf file, that model and no cuts (2 GiB, long)
 #   tests/rdma-guest.sh --bench                our transfer program against ib_write_bw; prints ratios, asserts nothing
 #   tests/rdma-guest.sh --run SCRIPT [FILE...] any script, run in the guest as root by dash, once the devices are up
 #
@@ -38,6 +40,7 @@ mode=suite
 case "${1:-}" in
     "") ;;
     --bench) mode=bench; shift ;;
+    --cluster) mode=cluster; shift ;;
     --run) mode=run; shift; [ $# -gt 0 ] || { echo "rdma-guest: --run needs a script" >&2; exit 2; } ;;
     -h | --help) sed -n '2,20p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "rdma-guest: unknown argument \`$1\`" >&2; exit 2 ;;
@@ -97,17 +100,37 @@ lap "kernel $release"
 # 3. what runs in the guest
 script=$here/suite
 files=()
+guest_model=
+select_build() {
+    hardware=$(tests/hardware.sh)
+    [ -n "$hardware" ] || cannot "the rdma feature cannot be built"
+    read -ra build <<<"${RDMA_GUEST_BUILD:---workspace $hardware}"
+}
+add_cluster() { # the programs of the cluster, among the files
+    select_build
+    CARGO_INCREMENTAL=0 cargo build "${build[@]}" --bin baton --bin handover-cluster --locked
+    files+=("${CARGO_TARGET_DIR:-target}"/debug/{baton,handover-cluster})
+}
 case "$mode" in
     run) script=$1; shift; files=("$@") ;;
     suite)
-        hardware=$(tests/hardware.sh)
-        [ -n "$hardware" ] || cannot "the rdma feature cannot be built"
-        read -ra build <<<"${RDMA_GUEST_BUILD:---workspace $hardware}"
+        select_build
         suite=$(CARGO_INCREMENTAL=0 cargo test "${build[@]}" --no-run --locked --message-format json 2>"$work/cargo" |
             sed -n 's/.*"target":{[^}]*"name":"conformance".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
         [ -x "$suite" ] || { cat "$work/cargo" >&2; echo "rdma-guest: the suite does not build" >&2; exit 1; }
         cp "$suite" "$work/conformance"
         files=("$work/conformance")
+        add_cluster
+        files+=("$here/cluster")
+        ;;
+    cluster)
+        add_cluster
+        script=$here/cluster
+        if [ $# -gt 0 ]; then
+            files+=("$1")
+            guest_model=$(basename "$1")
+            RDMA_GUEST_MEMORY_MIB=${RDMA_GUEST_MEMORY_MIB:-2048} RDMA_GUEST_SECONDS=${RDMA_GUEST_SECONDS:-3600}
+        fi
         ;;
     bench)
         cargo build --release --locked -p baton-bench --bin transfer --features rdma
@@ -149,7 +172,7 @@ while read -r module; do cp "$module" "$root/lib/modules/"; basename "$module"; 
 cp "$here/init" "$root/init"
 cp "$here/link.sh" "$root/tools/link.sh"
 cp "$script" "$root/script"
-echo "RDMA_GUEST_TESTS='${RDMA_GUEST_TESTS:-}'" >"$root/tools/environment"
+printf "RDMA_GUEST_TESTS='%s'\nRDMA_GUEST_MODEL='%s'\n" "${RDMA_GUEST_TESTS:-}" "$guest_model" >"$root/tools/environment"
 chmod +x "$root/init" "$root/script"
 (cd "$root" && find . | cpio -o -H newc --quiet) >"$work/initramfs" # uncompressed: the guest unpacks slowly
 lap "initramfs ($(du -m "$work/initramfs" | cut -f1) MiB)"
