@@ -3,9 +3,10 @@
 
 mod nodes;
 
-use baton_kv_transfer::{EndpointOptions, IncomingEvent, OutgoingSpec, PathKind, TransferError};
+use baton_kv_transfer::{EndpointOptions, IncomingEvent, Outgoing, OutgoingSpec, PathKind, Peer, TransferError};
 use baton_types::{Attempt, KvDtype, KvGeometry, Ticket};
 use bytes::Bytes;
+use nodes::proxy::Proxy;
 use nodes::{Node, PATIENCE, committed, failure, identity, options, send, source, until};
 use std::sync::Arc;
 use std::time::Duration;
@@ -428,4 +429,101 @@ async fn events_come_in_order_and_only_once() {
     drop((incoming, kv));
     p.end().await;
     d.end().await;
+}
+
+/// The receiver's addresses, its tcp data behind a wire that the test has in hand.
+async fn behind_a_proxy(d: &Node) -> (Peer, Proxy) {
+    let mut peer = d.endpoint.peer();
+    let proxy = Proxy::before(peer.address("tcp").unwrap()).await;
+    for address in &mut peer.addresses {
+        if address.starts_with("tcp://") {
+            *address = format!("tcp://{}", proxy.address);
+        }
+    }
+    (peer, proxy)
+}
+
+fn open_to(p: &Node, peer: &Peer, ticket: Ticket, attempt: Attempt) -> Outgoing {
+    p.endpoint.open(OutgoingSpec {
+        peer: peer.clone(),
+        ticket,
+        attempt,
+        context_tokens: 48,
+        deadline: PATIENCE,
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_what_was_sent_is_never_committed() {
+    let options = EndpointOptions {
+        crc: false,
+        ..options(PathKind::Tcp)
+    };
+    let p = Node::with(options.clone(), identity(LARGE), 3).await;
+    let d = Node::with(options, identity(LARGE), 4).await;
+    let (peer, proxy) = behind_a_proxy(&d).await;
+    let ticket = Ticket::random();
+    let mut incoming = d.expect(ticket, 48);
+    let kv = source(&p, 48, 100);
+    let mut outgoing = open_to(&p, &peer, ticket, Attempt::FIRST);
+    outgoing.reserve().await.unwrap();
+    proxy.harm();
+    kv.push_all(&outgoing).unwrap();
+    let (sent, received) = tokio::join!(outgoing.complete(Bytes::new()), failure(&mut incoming));
+    for error in [sent.unwrap_err(), received] {
+        assert!(matches!(error, TransferError::Corrupt { .. }), "{error}");
+        assert!(error.is_retryable());
+    }
+    // The next attempt gets nothing of it.
+    incoming.supersede(Attempt(2));
+    let mut outgoing = open_to(&p, &peer, ticket, Attempt(2));
+    assert_eq!(outgoing.reserve().await.unwrap().wanted, 0..3);
+    kv.push_all(&outgoing).unwrap();
+    let (sent, received) = tokio::join!(outgoing.complete(Bytes::new()), committed(&mut incoming));
+    sent.unwrap();
+    received.check(&d, 48, 100);
+    drop((received, incoming, kv));
+    p.end().await;
+    d.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_path_that_breaks_leaves_what_had_arrived_to_the_next_attempt() {
+    // With a digest nothing is taken over from another attempt, since no digest would cover it.
+    let options = EndpointOptions {
+        digest: false,
+        ..options(PathKind::Tcp)
+    };
+    let start = |blocks| Node::with(options.clone(), identity(LARGE), blocks);
+    let (p, q, d) = (start(3).await, start(3).await, start(4).await);
+    let (peer, proxy) = behind_a_proxy(&d).await;
+    let ticket = Ticket::random();
+    let mut incoming = d.expect(ticket, 48);
+    let (kv, other) = (source(&p, 48, 100), source(&q, 48, 100));
+    let mut outgoing = open_to(&p, &peer, ticket, Attempt::FIRST);
+    outgoing.reserve().await.unwrap();
+    kv.push(&outgoing, 0).unwrap();
+    assert!(matches!(incoming.next().await, IncomingEvent::Granted { .. }));
+    assert!(matches!(incoming.next().await, IncomingEvent::FirstBlock));
+    proxy.cut();
+    kv.push(&outgoing, 1).unwrap();
+    let error = outgoing.failed().await;
+    assert!(matches!(error, TransferError::PathFailed { .. }), "{error}");
+    let error = failure(&mut incoming).await;
+    assert!(matches!(error, TransferError::PathFailed { .. }), "{error}");
+    drop(outgoing);
+    // Another sender has only to send the rest.
+    incoming.supersede(Attempt(2));
+    let mut outgoing = open_to(&q, &d.endpoint.peer(), ticket, Attempt(2));
+    let granted = outgoing.reserve().await.unwrap();
+    assert_eq!((granted.held, granted.wanted), (1, 1..3));
+    other.push_all(&outgoing).unwrap();
+    let (sent, received) = tokio::join!(outgoing.complete(Bytes::new()), committed(&mut incoming));
+    assert_eq!(sent.unwrap().bytes, 2 * LARGE.block_bytes() as u64);
+    assert_eq!(received.held, 1);
+    received.check(&d, 48, 100);
+    drop((received, incoming, kv, other));
+    for node in [p, q, d] {
+        node.end().await;
+    }
 }

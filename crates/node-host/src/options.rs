@@ -134,12 +134,12 @@ pub struct NodeOptions {
     /// Requests that may be computed at once [default: 32 on a prefill node, 256 on a decode node]
     #[arg(long, value_name = "COUNT", help_heading = "Scheduling")]
     pub running: Option<usize>,
-    /// A hand-over that makes no progress for this long gives its blocks back; longer than one chunk takes
+    /// A hand-over that makes no progress for this long gives its blocks back
     #[arg(
         long,
         value_name = "DURATION",
         value_parser = parse_duration,
-        default_value = "30s",
+        default_value = "10s",
         help_heading = "Scheduling"
     )]
     pub reservation_lease: Duration,

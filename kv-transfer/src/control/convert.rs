@@ -87,10 +87,12 @@ pub(super) fn to_receiver(header: &Header, message: &ToReceiver) -> Envelope {
             context_tokens,
             path,
             budget,
+            digest,
         } => Body::Reserve(Reserve {
             context_tokens: *context_tokens,
             path: path.name().to_owned(),
             budget_us: Budget(*budget).as_us(),
+            digest: *digest,
         }),
         ToReceiver::Renew => Body::Renew(Renew {}),
         ToReceiver::Complete {
@@ -171,10 +173,12 @@ pub(super) fn meaning(envelope: Envelope) -> Result<Meaning, Meaningless> {
             context_tokens,
             path,
             budget_us,
+            digest,
         }) => to_receiver(ToReceiver::Reserve {
             context_tokens,
             path: path.parse().map_err(|_| Meaningless { field: "path" })?,
             budget: Budget::from_us(budget_us).0,
+            digest,
         }),
         Body::Renew(Renew {}) => to_receiver(ToReceiver::Renew),
         Body::Complete(Complete {
@@ -294,6 +298,7 @@ mod tests {
                     context_tokens,
                     path: PathKind::ALL[path],
                     budget,
+                    digest: context_tokens % 2 == 0,
                 }
             }),
             Just(ToReceiver::Renew),

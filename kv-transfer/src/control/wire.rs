@@ -101,6 +101,8 @@ pub(super) struct Reserve {
     pub path: String,
     #[prost(uint64, tag = "3")]
     pub budget_us: u64,
+    #[prost(bool, tag = "4")]
+    pub digest: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]

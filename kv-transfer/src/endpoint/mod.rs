@@ -15,6 +15,8 @@ mod peer_paths;
 #[cfg(test)]
 mod peer_paths_tests;
 mod receiving;
+#[cfg(test)]
+mod resume_tests;
 mod sending;
 mod service;
 #[cfg(test)]

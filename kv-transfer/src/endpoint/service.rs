@@ -231,6 +231,12 @@ impl Endpoint {
         Outgoing::new(sending)
     }
 
+    /// What the hand-overs of this process share, for tests that break it under them.
+    #[cfg(test)]
+    pub(super) fn links(&self) -> &Links {
+        &self.0.links
+    }
+
     /// Blocks became free: serve the asks that wait. May be called from within the block pool.
     pub fn room_changed(&self) {
         self.0.receiving.room_changed();

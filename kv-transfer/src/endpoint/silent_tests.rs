@@ -50,6 +50,7 @@ impl Manual {
 
     fn reserve(&self, ticket: Ticket, attempt: u32) {
         let message = ToReceiver::Reserve {
+            digest: false,
             context_tokens: 18,
             path: PathKind::Tcp,
             budget: 10 * SECOND,

@@ -73,17 +73,14 @@ impl Arrival {
 
     /// An extent that was taken is in. Says whether its block is whole now.
     pub(super) fn land(&mut self, ordinal: u32, layers: &Range<u32>) -> bool {
+        let count = layers.end - layers.start;
         let lacking = &mut self.lacking[(ordinal - self.ordinals.start) as usize];
-        let mut count = layers.end - layers.start;
         if planted!(DuplicateCounts) {
-            self.missing = self.missing.saturating_sub(u64::from(count - count.min(*lacking)));
-            count = count.min(*lacking);
+            self.missing = self.missing.saturating_sub(u64::from(count));
+            *lacking = lacking.saturating_sub(count);
+            return *lacking == 0;
         }
-        self.missing -= u64::from(count).min(if planted!(DuplicateCounts) {
-            self.missing
-        } else {
-            u64::MAX
-        });
+        self.missing -= u64::from(count);
         *lacking -= count;
         *lacking == 0
     }

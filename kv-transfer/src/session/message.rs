@@ -24,6 +24,8 @@ pub(crate) enum ToReceiver {
         context_tokens: u64,
         path: PathKind,
         budget: Duration,
+        /// `Complete` will carry a digest.
+        digest: bool,
     },
     /// Still at work under the grant, with nothing waiting for the wire.
     Renew,

@@ -4,25 +4,14 @@
 //! machine per hand-over. Time arrives with each event, as the time since the endpoint started. The driver in `endpoint`
 //! owns the machines, and performs their effects in order before it brings the next event.
 
-/// Whether a test planted this bug here: never in what is built.
-#[cfg(test)]
-macro_rules! planted {
-    ($bug:ident) => {
-        $crate::session::planted::is($crate::session::planted::Planted::$bug)
-    };
-}
-#[cfg(not(test))]
-macro_rules! planted {
-    ($bug:ident) => {
-        false
-    };
-}
+#[macro_use]
+mod planted;
 
 mod arrival;
+#[cfg(test)]
+mod campaign;
 mod digest;
 mod message;
-#[cfg(test)]
-mod planted;
 mod receiver;
 mod sender;
 

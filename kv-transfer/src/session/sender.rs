@@ -336,6 +336,7 @@ impl Sender {
             context_tokens,
             path,
             budget,
+            digest: self.limits.digest,
         };
         let epoch = self.broken;
         self.effects.push(SenderEffect::Send { epoch, message });

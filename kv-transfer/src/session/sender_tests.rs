@@ -56,6 +56,7 @@ fn granted(wanted: Range<u32>) -> Sender {
     );
     sender.handle(2 * SECOND, SenderEvent::Connected { path: PathKind::Tcp });
     let reserve = ToReceiver::Reserve {
+        digest: false,
         context_tokens: 40,
         path: PathKind::Tcp,
         budget: 58 * SECOND,
@@ -291,6 +292,7 @@ fn a_broken_path_is_followed_by_another() {
     let ask = SenderEffect::Send {
         epoch: Some(epoch),
         message: ToReceiver::Reserve {
+            digest: false,
             context_tokens: 40,
             path: PathKind::Shm,
             budget: 56 * SECOND,

@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code, dead_code, clippy::unwrap_used)]
 
+pub mod proxy;
+
 use baton_kv_transfer::{
     Arena, DestinationBlocks, Endpoint, EndpointOptions, ExpectSpec, Fallback, HandoverReport, Identity, Incoming,
     IncomingEvent, NoRoom, Outgoing, OutgoingSpec, PathKind, QuarantinedBlocks, ReservedBlocks, TransferError,

@@ -11,6 +11,15 @@ use baton_types::{BlockId, Epoch, Instance, Ticket};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// What a sender asks for.
+#[derive(Debug)]
+pub(super) struct Ask {
+    pub(super) context_tokens: u64,
+    pub(super) path: PathKind,
+    pub(super) budget: Duration,
+    pub(super) digest: bool,
+}
+
 /// An ask in the queue.
 #[derive(Debug, Clone)]
 pub(super) struct Pending {
@@ -20,6 +29,8 @@ pub(super) struct Pending {
     pub(super) until: Duration,
     /// The epoch that broke before, if it goes on.
     pub(super) resumes: Option<Epoch>,
+    /// A digest will come.
+    pub(super) digest: bool,
     key: (Duration, u64),
 }
 
@@ -48,15 +59,13 @@ impl Asks {
 }
 
 impl Receiver {
-    pub(super) fn reserve(
-        &mut self,
-        now: Duration,
-        from: Instance,
-        header: Header,
-        context_tokens: u64,
-        path: PathKind,
-        budget: Duration,
-    ) {
+    pub(super) fn reserve(&mut self, now: Duration, from: Instance, header: Header, ask: &Ask) {
+        let Ask {
+            context_tokens,
+            path,
+            budget,
+            digest,
+        } = *ask;
         let refused = |error| ToSender::Refused { error };
         if self.committed.contains_key(&header.ticket) {
             return self.send(from, header, refused(TransferError::AlreadyCommitted));
@@ -118,8 +127,17 @@ impl Receiver {
             until,
             key,
             resumes: header.epoch,
+            digest,
         };
-        match expected.aside {
+        // What nobody has compared yet, and its writer will not, is not relied on where a digest was promised.
+        let attempt = expected.attempt;
+        let doubtful = |state: &EpochState| state.has_digest() && state.attempt() != attempt;
+        let aside = expected.aside;
+        if aside.and_then(|epoch| self.epochs.get(&epoch)).is_some_and(doubtful) {
+            self.drop_aside(now, header.ticket);
+            return self.enqueue(now, header.ticket, pending);
+        }
+        match aside {
             Some(epoch) => self.await_aside(now, header.ticket, epoch, pending),
             None => self.enqueue(now, header.ticket, pending),
         }
@@ -194,6 +212,7 @@ impl Receiver {
             wanted,
             digest_from: held,
             fresh,
+            has_digest: pending.digest,
             bytes: 0,
             layers: self.limits.layers,
             lease_until,

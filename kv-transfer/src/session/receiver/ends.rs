@@ -92,7 +92,8 @@ impl Receiver {
                 }
             }
             Stage::Granted(epoch) => {
-                let keep = keeps(&error);
+                let digest = self.epochs.get(&epoch).is_some_and(EpochState::has_digest);
+                let keep = keeps(&error) && !digest;
                 self.kill(now, epoch, error, tell, keep);
             }
         }

@@ -7,6 +7,7 @@
 //!
 //! A digest is compared while the epoch lives, under a claim of its own: what is being read is not let go.
 
+use super::asks::Pending;
 use super::{ClaimTicket, Connection, Effect, Receiver, Stage};
 use crate::session::arrival::{Arrival, Misfit};
 use crate::session::message::{Header, ToSender};
@@ -64,6 +65,8 @@ pub(super) struct EpochState {
     /// What a digest covers begins here: this attempt wrote it.
     digest_from: u32,
     fresh: Vec<BlockId>,
+    /// Its writer promised a digest.
+    has_digest: bool,
     arrival: Arrival,
     phase: Phase,
     claims: usize,
@@ -86,6 +89,7 @@ pub(super) struct NewEpoch {
     pub(super) wanted: Range<u32>,
     pub(super) digest_from: u32,
     pub(super) fresh: Vec<BlockId>,
+    pub(super) has_digest: bool,
     pub(super) bytes: u64,
     pub(super) layers: u32,
     pub(super) lease_until: Duration,
@@ -103,6 +107,7 @@ impl EpochState {
             wanted: new.wanted,
             digest_from: new.digest_from,
             fresh: new.fresh,
+            has_digest: new.has_digest,
             phase: Phase::Live {
                 lease_until: new.lease_until,
                 complete: None,
@@ -117,20 +122,15 @@ impl EpochState {
     }
 
     /// The next grant of the same reservation: what arrived whole is not wanted again.
-    pub(super) fn succeeded_by(
-        self,
-        attempt: Attempt,
-        writer: Instance,
-        path: PathKind,
-        lease_until: Duration,
-    ) -> Self {
+    pub(super) fn succeeded_by(self, attempt: Attempt, by: &Pending, lease_until: Duration) -> Self {
         let start = self.whole_until();
         let same = self.attempt == attempt;
         Self::new(NewEpoch {
             ticket: self.ticket,
             attempt,
-            writer,
-            path,
+            writer: by.from,
+            path: by.path,
+            has_digest: by.digest,
             base: self.base,
             wanted: start..self.wanted.end,
             digest_from: if same { self.digest_from } else { start },
@@ -163,6 +163,10 @@ impl EpochState {
 
     pub(super) fn wanted(&self) -> Range<u32> {
         self.wanted.clone()
+    }
+
+    pub(super) fn has_digest(&self) -> bool {
+        self.has_digest
     }
 
     pub(super) fn digest_from(&self) -> u32 {
@@ -273,7 +277,7 @@ impl EpochState {
                 || self.finished.len() >= usize::try_from(sent).unwrap_or(usize::MAX)
                     && self.carried.is_subset(&self.finished)
         });
-        (self.claims == 0 || planted!(CheckedBeforeOnly)) && (*disconnected || fenced || self.fresh.is_empty())
+        self.claims == 0 && (*disconnected || fenced || self.fresh.is_empty())
     }
 }
 

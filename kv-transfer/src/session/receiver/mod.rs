@@ -21,7 +21,7 @@ mod tests;
 
 use super::message::{Header, ToReceiver, ToSender};
 use crate::{Fallback, PathKind, TransferError};
-use asks::{Asks, Pending};
+use asks::{Ask, Asks, Pending};
 use baton_types::{Attempt, BlockId, Epoch, Instance, Ticket};
 use bytes::Bytes;
 use epochs::{EpochState, LastWord};
@@ -408,8 +408,15 @@ impl Receiver {
                 context_tokens,
                 path,
                 budget,
+                digest,
             } => {
-                self.reserve(now, from, header, context_tokens, path, budget);
+                let ask = Ask {
+                    context_tokens,
+                    path,
+                    budget,
+                    digest,
+                };
+                self.reserve(now, from, header, &ask);
             }
             ToReceiver::Renew => {
                 if let Some(epoch) = self.current_epoch(from, &header) {
@@ -468,6 +475,11 @@ impl Receiver {
             };
             return self.send(from, header, ToSender::Fence { error });
         };
+        let promised = self.epochs.get(&epoch).is_some_and(EpochState::has_digest);
+        if promised && word.digest.is_none() {
+            let reason = "a digest was promised, and none came".to_owned();
+            return self.fail_epoch(now, epoch, TransferError::Protocol { reason }, true);
+        }
         match self.epochs.get_mut(&epoch).map(|state| state.completed(blocks, word)) {
             Some(true) => {
                 self.renew(now, epoch);
@@ -520,7 +532,7 @@ impl Receiver {
 
     /// Checks the books against each other.
     #[cfg(test)]
-    pub(super) fn check(&self) {
+    pub(in crate::session) fn check(&self) {
         let mut outstanding: BTreeMap<Instance, usize> = BTreeMap::new();
         let mut owned = 0;
         for (epoch, state) in &self.epochs {

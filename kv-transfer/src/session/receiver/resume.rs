@@ -5,6 +5,8 @@
 //! granted the rest of the same reservation under a new epoch. Bounds: without proof in time the reservation is quarantined as
 //! any other and the ask gets fresh blocks; with proof but without an ask within the lease it is given back.
 //!
+//! Where a digest was promised, nothing is taken over from another attempt: no digest covers it.
+//!
 //! A broken path is destroyed as a whole, since that is the only proof left: all that is being written over that kind of path
 //! by that process breaks with it, and goes on over another. While the proof is pending, nothing is granted there.
 
@@ -176,7 +178,7 @@ impl Receiver {
         let new = Epoch(self.next_epoch);
         self.next_epoch += 1;
         let lease_until = now.saturating_add(self.limits.lease);
-        let state = state.succeeded_by(attempt, pending.from, pending.path, lease_until);
+        let state = state.succeeded_by(attempt, &pending, lease_until);
         let held = state.wanted().start;
         let fresh = u32::try_from(state.fresh().len()).unwrap_or(u32::MAX) - (held - state.base());
         self.insert_epoch(new, state);

@@ -338,6 +338,7 @@ impl World {
                 let context_tokens = self.contexts.get(&Ticket(ticket)).copied().unwrap_or(1);
                 let budget = Duration::from_millis(budget);
                 let message = ToReceiver::Reserve {
+                    digest: false,
                     context_tokens,
                     path: PathKind::Tcp,
                     budget,

@@ -249,6 +249,7 @@ fn asks_are_served_by_deadline_with_ageing() {
         };
         let path = PathKind::Tcp;
         let message = ToReceiver::Reserve {
+            digest: false,
             context_tokens: 12,
             path,
             budget: budget * MS,
@@ -264,6 +265,7 @@ fn asks_are_served_by_deadline_with_ageing() {
         epoch: None,
     };
     let message = ToReceiver::Reserve {
+        digest: false,
         context_tokens: 12,
         path: PathKind::Tcp,
         budget: 5000 * MS,

@@ -128,6 +128,7 @@ impl Bench {
 
     fn reserve(&mut self, from: Instance, ticket: Ticket, attempt: u32, tokens: u64) -> Vec<Effect> {
         let message = ToReceiver::Reserve {
+            digest: false,
             context_tokens: tokens,
             path: PathKind::Tcp,
             budget: 5000 * MS,

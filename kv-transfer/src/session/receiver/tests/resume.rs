@@ -25,6 +25,7 @@ fn ask(bench: &mut Bench, from: Instance, attempt: u32, epoch: Option<Epoch>, pa
         from,
         header,
         ToReceiver::Reserve {
+            digest: false,
             context_tokens: 12,
             path,
             budget,
@@ -273,6 +274,7 @@ fn asks_wait_on_no_path_that_is_being_destroyed() {
             WRITER,
             header,
             ToReceiver::Reserve {
+                digest: false,
                 context_tokens,
                 path,
                 budget
@@ -354,4 +356,62 @@ fn the_digest_is_compared_before_the_commit() {
         &bench.bring(Event::Verified { epoch, matches: true }),
         epoch
     ));
+}
+
+#[test]
+fn what_no_digest_covers_is_not_taken_over() {
+    let mut bench = Bench::new(8);
+    bench.expect(TICKET, 12);
+    let ask = |attempt, epoch, path| {
+        let header = Header {
+            ticket: TICKET,
+            attempt: Attempt(attempt),
+            epoch,
+        };
+        let (context_tokens, budget, digest) = (12, 5000 * MS, true);
+        let message = ToReceiver::Reserve {
+            context_tokens,
+            path,
+            budget,
+            digest,
+        };
+        Event::Message {
+            from: WRITER,
+            header,
+            message,
+        }
+    };
+    let old = grant_in(&bench.bring(ask(1, None, PathKind::Tcp))).unwrap();
+    bench.write(old, 0);
+    // The same attempt goes on: its digest covers what it brought.
+    path_broken(&mut bench, old);
+    bench.bring(ask(1, Some(old), PathKind::Memory));
+    let effects = bench.bring(done(old));
+    assert_eq!(terms_in(&effects).map(|terms| (terms.0, terms.1)), Some((1, 0)));
+    let new = grant_in(&effects).unwrap();
+    let (blocks, payload, digest) = (1..3, Bytes::new(), None);
+    let word = ToReceiver::Complete {
+        blocks,
+        payload,
+        digest,
+    };
+    let effects = bench.say(WRITER, header(1, new), word);
+    assert!(
+        matches!(failure_in(&effects), Some(TransferError::Protocol { .. })),
+        "it was promised"
+    );
+    // Another one does not.
+    bench.bring(Event::Supersede {
+        ticket: TICKET,
+        attempt: Attempt(2),
+    });
+    let effects = bench.bring(ask(2, None, PathKind::Memory));
+    assert_eq!(terms_in(&effects).map(|terms| terms.0), Some(0));
+    let newer = grant_in(&effects).unwrap();
+    write_over(&mut bench, PathKind::Memory, WRITER, newer, 0);
+    let effects = bench.bring(Event::Supersede {
+        ticket: TICKET,
+        attempt: Attempt(3),
+    });
+    assert!(effects.contains(&Effect::Quarantine { epoch: newer }));
 }
