@@ -26,4 +26,6 @@ pub(crate) use raw::Still;
 #[cfg(feature = "rdma")]
 pub use rdma::{RdmaError, RdmaOptions, RdmaTransport};
 pub use shm::{ShmOptions, ShmTransport};
+#[doc(hidden)]
+pub use tcp::inside;
 pub use tcp::{TcpOptions, TcpTransport};

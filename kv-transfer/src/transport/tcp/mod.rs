@@ -9,6 +9,8 @@ mod acks;
 mod connect;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+#[doc(hidden)]
+pub mod inside;
 mod listen;
 mod outbox;
 mod receive;
