@@ -92,7 +92,7 @@ mod x86 {
 mod tests {
     #[test]
     fn any_length_at_any_alignment_is_copied_and_nothing_else() {
-        let from: Vec<u8> = (0..8192u32).map(|i| (i * 131 >> 3) as u8 | 1).collect();
+        let from: Vec<u8> = (0..8192u32).map(|i| ((i * 131) >> 3) as u8 | 1).collect();
         for len in (0..300).chain(STREAM_MIN - 2..STREAM_MIN + 200).chain([4096, 5000]) {
             for (skip_from, skip_to) in [(0, 0), (1, 0), (0, 1), (31, 33), (64, 32), (7, 127)] {
                 let mut to = vec![0u8; len + 256];
