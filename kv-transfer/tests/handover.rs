@@ -262,7 +262,11 @@ async fn cannot_understand(path: PathKind) {
     let mut other_model = identity(GEOMETRY);
     other_model.fingerprint = ModelFingerprint([8; 32]);
     let q = Node::with(options(path), other_model, 4).await;
-    let error = q.open(&d, Ticket::random(), 4).reserve().await.unwrap_err();
+    let error = q
+        .open(&d, Ticket::random(), 4)
+        .reserve()
+        .await
+        .expect_err("another model");
     assert!(
         matches!(&error, TransferError::Refused { field, .. } if field == "fingerprint"),
         "{error}"
@@ -276,7 +280,7 @@ async fn cannot_understand(path: PathKind) {
     let ticket = Ticket::random();
     let (mut incoming, kv) = (d.expect(ticket, 4), source(&r, 4, 1));
     let (sent, received) = tokio::join!(send(r.open(&d, ticket, 4), &kv), committed(&mut incoming));
-    sent.unwrap();
+    sent.expect("a hand-over");
     drop((received, kv, incoming));
     for node in [d, p, q, r] {
         node.end().await;
