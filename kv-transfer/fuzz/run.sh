@@ -14,7 +14,9 @@ fi
 seconds=${1:-30}
 mkdir -p target/fuzz/found target/fuzz/corpus
 # The seeds belong to the wire format of today, so they are made, not kept.
-BATON_FUZZ_SEEDS="$PWD/target/fuzz/corpus" cargo test --quiet -p baton-kv-transfer --lib --locked fuzzing::tests::seeds_pass
+# The same selection as the tests, so that nothing is built again.
+read -ra hardware <<<"$(tests/hardware.sh)"
+BATON_FUZZ_SEEDS="$PWD/target/fuzz/corpus" cargo test --quiet --workspace "${hardware[@]}" --lib --locked fuzzing::tests::seeds_pass
 for target in codecs tcp_receiver; do
     echo "== $target: $seconds s"
     cargo fuzz run "${arguments[@]}" "$target" "target/fuzz/corpus/$target" -- \
