@@ -1,13 +1,14 @@
 //! The open paths to one peer: opens what `paths` chooses, closes what failed, probes it, and measures what is written. Shared
 //! by all hand-overs to that peer; lives as long as the control line to it.
 
+use super::OutgoingSpec;
 use super::gate::Gate;
 use super::link::{LinkParts, connect_error, gone};
 use super::paths::{Choice, Paths, Report, Sample};
 use crate::transport::{Extent, Path, PathError, Transport};
 use crate::{PathKind, Peer, TransferError};
 use baton_node_runtime::Moment;
-use baton_types::Epoch;
+use baton_types::{Epoch, KvGeometry};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
@@ -52,6 +53,15 @@ pub(super) struct PathWish {
     pub bytes: u64,
     /// When it must have ended: the earlier, the sooner its writes have their turn.
     pub deadline: Moment,
+}
+
+impl PathWish {
+    pub(super) fn new(spec: &OutgoingSpec, geometry: &KvGeometry, now: Moment) -> Self {
+        Self {
+            bytes: (geometry.blocks_for(spec.context_tokens) * geometry.block_bytes()) as u64,
+            deadline: now + spec.deadline,
+        }
+    }
 }
 
 /// One hand-over's hold on a path that it shares with others. Its writes wait for their turn at the gate; one that fails

@@ -144,11 +144,7 @@ impl Sending {
             ended_at: None,
         };
         let started = clock.now();
-        let bytes = (geometry.blocks_for(spec.context_tokens) * geometry.block_bytes()) as u64;
-        let wish = PathWish {
-            bytes,
-            deadline: started + spec.deadline,
-        };
+        let wish = PathWish::new(&spec, &geometry, started);
         Self {
             ticket: spec.ticket,
             attempt: spec.attempt,
@@ -265,10 +261,7 @@ impl Sending {
 
     fn count(&self, state: &State) {
         match (state.machine.outcome(), state.machine.path()) {
-            (Some(Ok(())), Some(path)) => {
-                let report = self.report(state);
-                self.counters.sent(path, report.0, report.1, report.2);
-            }
+            (Some(Ok(())), Some(path)) => self.counters.sent(&self.report(state, path)),
             (Some(Err(error)), path) => {
                 tracing::debug!(ticket = %self.ticket, attempt = self.attempt.0, %error, "hand-over failed");
                 self.counters.failed(path, "out");
@@ -277,14 +270,20 @@ impl Sending {
         }
     }
 
-    /// Bytes, exposed time, wait for the grant.
-    fn report(&self, state: &State) -> (u64, Duration, Duration) {
+    fn report(&self, state: &State, path: PathKind) -> HandoverReport {
         let between = |from: Option<Moment>, to: Option<Moment>| match (from, to) {
             (Some(from), Some(to)) => to.saturating_since(from),
             (Some(_) | None, _) => Duration::ZERO,
         };
-        let exposed = between(state.completed_at, state.ended_at);
-        (state.bytes, exposed, between(state.asked_at, state.granted_at))
+        let busy = state.path.as_ref().map_or(Duration::ZERO, |path| path.busy());
+        HandoverReport {
+            path,
+            fallbacks: state.machine.fallbacks().to_vec(),
+            bytes: state.bytes,
+            busy: state.busy_before + busy,
+            exposed: between(state.completed_at, state.ended_at),
+            reserve_wait: between(state.asked_at, state.granted_at),
+        }
     }
 
     pub(super) async fn granted(&self) -> Result<Granted, TransferError> {
@@ -301,17 +300,7 @@ impl Sending {
 
     pub(super) async fn committed(&self) -> Result<HandoverReport, TransferError> {
         self.wait(|state| match (state.machine.outcome()?, state.machine.path()) {
-            (Ok(()), Some(path)) => {
-                let (bytes, exposed, reserve_wait) = self.report(state);
-                Some(Ok(HandoverReport {
-                    path,
-                    fallbacks: state.machine.fallbacks().to_vec(),
-                    bytes,
-                    exposed,
-                    reserve_wait,
-                    busy: state.busy_before + state.path.as_ref().map_or(Duration::ZERO, |path| path.busy()),
-                }))
-            }
+            (Ok(()), Some(path)) => Some(Ok(self.report(state, path))),
             (outcome, _) => Some(Err(failure(outcome))),
         })
         .await
@@ -462,9 +451,7 @@ impl Sending {
                 work.path = Some(path);
                 self.handle(SenderEvent::Connected { path: kind });
                 if let Some(fallback) = self.lock().machine.fallbacks().last() {
-                    let (from, to, reason) = (fallback.from, fallback.to, &fallback.reason);
-                    tracing::warn!(ticket = %self.ticket, %from, %to, reason, "hand-over goes on over another path");
-                    self.counters.fell_back(from, to);
+                    self.counters.fell_back(self.ticket, fallback);
                 }
             }
             Err(error) => self.handle(SenderEvent::ConnectFailed { error }),

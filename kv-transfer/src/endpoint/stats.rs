@@ -1,13 +1,14 @@
 //! Figures for heartbeats, status pages and metrics.
 
+use super::HandoverReport;
 use super::paths::Report;
-use crate::PathKind;
 use crate::session::Receiver;
+use crate::{Fallback, PathKind};
+use baton_types::Ticket;
 use metrics::{counter, gauge, histogram};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// What an endpoint does now and has done.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,7 +88,14 @@ impl Counters {
         stats.received_bytes += bytes;
     }
 
-    pub(super) fn sent(&self, path: PathKind, bytes: u64, exposed: Duration, reserve_wait: Duration) {
+    pub(super) fn sent(&self, report: &HandoverReport) {
+        let HandoverReport {
+            path,
+            bytes,
+            exposed,
+            reserve_wait,
+            ..
+        } = *report;
         counter!("baton_transfer_handovers_total", "direction" => "out", "path" => path.name(), "outcome" => "committed")
             .increment(1);
         counter!("baton_transfer_handover_bytes_total", "direction" => "out", "path" => path.name()).increment(bytes);
@@ -136,7 +144,9 @@ impl Counters {
     }
 
     /// A hand-over goes on over another path.
-    pub(super) fn fell_back(&self, from: PathKind, to: PathKind) {
+    pub(super) fn fell_back(&self, ticket: Ticket, fallback: &Fallback) {
+        let Fallback { from, to, ref reason } = *fallback;
+        tracing::warn!(%ticket, %from, %to, reason, "hand-over goes on over another path");
         counter!("baton_transfer_path_fallback_total", "from" => from.name(), "to" => to.name()).increment(1);
         self.lock().paths.entry(from).or_default().fallbacks += 1;
     }
