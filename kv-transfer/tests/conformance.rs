@@ -3,9 +3,10 @@
 // Clippy spares tests only where they stand in `#[test]` functions, which these cases share.
 #![allow(clippy::unwrap_used)]
 
-mod processes;
 #[cfg(feature = "rdma")]
 mod rdma_link;
+#[path = "support/shm_writer.rs"]
+mod shm_writer;
 mod support;
 
 use baton_kv_transfer::transport::{ConnectError, Extent, Path, PathError, Reject, SourceClaim};

@@ -41,7 +41,7 @@ impl Writer {
     /// Starts it; it has connected to the receiver, and writes under epoch 1 for as long as it can.
     async fn start(receiver: &Node) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "processes::writer_process", "--ignored", "--nocapture"])
+            .args(["--exact", "shm_writer::writer_process", "--ignored", "--nocapture"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
