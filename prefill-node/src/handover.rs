@@ -18,8 +18,9 @@ const EXTENT_BYTES_MIN: usize = 64 << 10;
 /// After how many layers of a last chunk its blocks are pushed: groups as small as [`EXTENT_BYTES_MIN`] allows, as even as
 /// they can be, the last border being all layers. Blocks smaller than two groups are not cut.
 pub(crate) fn layer_borders(geometry: &KvGeometry) -> Arc<[u32]> {
-    let groups = u32::try_from(geometry.block_bytes() / EXTENT_BYTES_MIN).unwrap_or(u32::MAX);
-    let groups = groups.clamp(1, geometry.layers.max(1));
+    let layers_min = EXTENT_BYTES_MIN.div_ceil(geometry.layer_bytes().max(1));
+    let groups = (geometry.layers as usize / layers_min).max(1);
+    let groups = u32::try_from(groups).unwrap_or(geometry.layers);
     // Widened, since the product of two u32 may not fit one; the quotient is at most the number of layers.
     let border = |group: u32| u64::from(group) * u64::from(geometry.layers) / u64::from(groups);
     (1..=groups)
