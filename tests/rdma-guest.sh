@@ -144,7 +144,7 @@ esac
 root=$work/root
 mkdir -p "$root"/{bin,sbin,proc,sys,dev,tmp,run,tools,lib/modules,etc/libibverbs.d}
 put() { mkdir -p "$root$(dirname "$2")"; cp -L "$1" "$root$2"; }
-libraries() { { ldd "$1" 2>/dev/null || true; } | grep -oE '/[^ ]+' | while read -r l; do [ -e "$root$l" ] || put "$l" "$l"; done; }
+libraries() { { ldd "$1" 2>/dev/null | grep -oE '/[^ ]+' || true; } | while read -r l; do [ -e "$root$l" ] || put "$l" "$l"; done; }
 put /bin/busybox /bin/busybox
 # dash, because busybox's shell prefers its own applets, and its `ip` knows no veth
 put "$(command -v dash)" /bin/sh

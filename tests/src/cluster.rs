@@ -39,6 +39,8 @@ pub struct ClusterOptions {
     pub decode_flags: Vec<String>,
     /// More flags for the coordinator.
     pub coordinator_flags: Vec<String>,
+    /// How long each process may take to be ready, and all of them to find each other.
+    pub start_limit: Duration,
 }
 
 impl ClusterOptions {
@@ -54,6 +56,7 @@ impl ClusterOptions {
             prefill_flags: Vec::new(),
             decode_flags: Vec::new(),
             coordinator_flags: Vec::new(),
+            start_limit: Duration::from_secs(60),
         }
     }
 
@@ -88,8 +91,6 @@ pub struct Cluster {
 
 /// Clusters of one test program take turns: each wants all cores.
 static TURN: Mutex<()> = Mutex::const_new(());
-
-const START_LIMIT: Duration = Duration::from_secs(60);
 
 impl Cluster {
     /// Starts everything and waits until the model is listed.
@@ -205,7 +206,7 @@ impl Cluster {
     pub async fn wait_listed(&self) -> Result<()> {
         let mut client = self.client().await?;
         let nodes = self.prefill.len() + self.decode.len() + self.foreign;
-        let listed = until("all nodes ready and the model listed", START_LIMIT, || {
+        let listed = until("all nodes ready and the model listed", self.options.start_limit, || {
             let mut client = client.clone();
             async move {
                 let models = client
@@ -291,7 +292,7 @@ async fn start_coordinator(options: &ClusterOptions) -> Result<Process> {
     .to_vec();
     flags.push(store_flag(options, None)?);
     flags.extend(options.coordinator_flags.iter().cloned());
-    Process::start("coordinator", &flags, START_LIMIT).await
+    Process::start("coordinator", &flags, options.start_limit).await
 }
 
 async fn start_node(options: &ClusterOptions, coordinator: &Process, role: &str, name: &str) -> Result<Process> {
@@ -315,5 +316,5 @@ async fn start_node(options: &ClusterOptions, coordinator: &Process, role: &str,
         _ => &options.decode_flags,
     };
     flags.extend(of_role.iter().cloned());
-    Process::start(name, &flags, START_LIMIT).await
+    Process::start(name, &flags, options.start_limit).await
 }

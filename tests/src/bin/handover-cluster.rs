@@ -50,7 +50,7 @@ struct Options {
     /// KV memory of each node
     #[arg(long, value_name = "BYTES", default_value = "64MiB")]
     kv_bytes: String,
-    /// How long one request may take, seconds
+    /// How long one request may take, and the start of one process, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     limit: u64,
 }
@@ -104,6 +104,7 @@ impl Options {
     fn cluster(&self, model: &str) -> ClusterOptions {
         let mut options = ClusterOptions::pair(model);
         options.kv_bytes.clone_from(&self.kv_bytes);
+        options.start_limit = self.limit();
         options.node_flags = words(&self.node_flags);
         options
             .node_flags
