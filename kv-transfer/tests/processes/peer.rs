@@ -289,7 +289,7 @@ impl Process {
             }
             let block = blocks[ordinal as usize];
             // Whole blocks or layer by layer.
-            let step = if plan.content(ordinal) % 3 == 0 {
+            let step = if plan.content(ordinal).is_multiple_of(3) {
                 1
             } else {
                 GEOMETRY.layers
