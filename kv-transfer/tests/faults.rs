@@ -434,7 +434,7 @@ async fn events_come_in_order_and_only_once() {
 /// The receiver's addresses, its tcp data behind a wire that the test has in hand.
 async fn behind_a_proxy(d: &Node) -> (Peer, Proxy) {
     let mut peer = d.endpoint.peer();
-    let proxy = Proxy::before(peer.address("tcp").unwrap()).await;
+    let proxy = Proxy::before(peer.address("tcp").expect("a tcp address")).await;
     for address in &mut peer.addresses {
         if address.starts_with("tcp://") {
             *address = format!("tcp://{}", proxy.address);
