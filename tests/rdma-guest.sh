@@ -108,7 +108,7 @@ select_build() {
 }
 add_cluster() { # the programs of the cluster, among the files
     select_build
-    CARGO_INCREMENTAL=0 cargo build "${build[@]}" --bin baton --bin handover-cluster --locked
+    CARGO_INCREMENTAL=0 cargo build "${build[@]}" --bins --tests --locked
     files+=("${CARGO_TARGET_DIR:-target}"/debug/{baton,handover-cluster})
 }
 case "$mode" in
