@@ -66,12 +66,10 @@ async fn a_decode_node_alone_answers() {
 }
 
 /// Two nodes of one role, of which the first that is asked is the one to fail.
-async fn asked_first<'a>(cluster: &Cluster, nodes: [&'a mut FakeNode; 2]) -> &'a mut FakeNode {
+async fn asked_first(nodes: [&FakeNode; 2]) -> usize {
     let asked = || nodes.iter().position(|node| node.opened() > 0);
     until(|| async { asked().is_some() }).await;
-    let at = asked().unwrap();
-    let _ = cluster;
-    nodes.into_iter().nth(at).unwrap()
+    asked().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -109,14 +107,15 @@ async fn a_prefill_node_that_dies_is_replaced() {
         first.script(script);
         second.script(script);
         let mut stream = cluster.stream(request("hello", 12)).await.unwrap();
-        let victim = asked_first(&cluster, [&mut first, &mut second]).await;
+        let victim = asked_first([&first, &second]).await;
+        // The one that was asked keeps to what it was told then.
+        first.script(Script::Serve);
+        second.script(Script::Serve);
         let mut answer = Answer::default();
         if script == Script::Stall(1) {
             answer.read(&mut stream, 1).await.unwrap();
         }
-        victim.kill();
-        first.script(Script::Serve);
-        second.script(Script::Serve);
+        [&mut first, &mut second][victim].kill();
         answer.read(&mut stream, usize::MAX).await.unwrap();
         assert_eq!((answer.text, answer.timeline.attempts), (text(12), 2), "{script:?}");
     }
@@ -141,18 +140,20 @@ async fn a_decode_node_that_dies_mid_stream_is_replaced() {
         let (cluster, _prefill, mut first) = Cluster::pair(&[]).await;
         let mut second = cluster.node("d1", NodeRole::Decode);
         cluster.ready(3).await;
-        let script = if by_death { Script::Stall(4) } else { Script::Fail(4) };
-        first.script(script);
-        second.script(script);
+        first.script(Script::Stall(4));
+        second.script(Script::Stall(4));
         let mut stream = cluster.stream(request("hello", 40)).await.unwrap();
-        let victim = asked_first(&cluster, [&mut first, &mut second]).await;
-        let mut answer = Answer::default();
-        if by_death {
-            answer.read(&mut stream, 5).await.unwrap();
-            victim.kill();
-        }
+        let victim = asked_first([&first, &second]).await;
+        // The one that was asked keeps to what it was told then.
         first.script(Script::Serve);
         second.script(Script::Serve);
+        let mut answer = Answer::default();
+        answer.read(&mut stream, 5).await.unwrap();
+        if by_death {
+            [&mut first, &mut second][victim].kill();
+        } else {
+            [&first, &second][victim].fail();
+        }
         answer.read(&mut stream, usize::MAX).await.unwrap();
         assert_eq!(
             (answer.text, answer.finish),

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -24,7 +24,7 @@ use baton_types::Work;
 pub enum Script {
     /// As it should.
     Serve,
-    /// It hands over, or goes on, only so far: this many tokens of its own, then silence.
+    /// It hands over, or goes on, only so far: this many tokens of its own, then silence until it is told to fail.
     Stall(usize),
     /// It gives up after so many tokens of its own, with a failure that it says is retryable.
     Fail(usize),
@@ -42,6 +42,8 @@ pub struct Counts {
     /// Streams that ended before their work was done.
     pub cancelled: AtomicU32,
     pub superseded: AtomicU32,
+    /// Ends the silence of decodes that stall.
+    fail: Notify,
 }
 
 pub struct FakeNode {
@@ -170,6 +172,11 @@ impl FakeNode {
         change(&mut self.load.lock().unwrap());
     }
 
+    /// Decodes that stall now, or the next one that does, fail.
+    pub fn fail(&self) {
+        self.counts.fail.notify_one();
+    }
+
     /// As kill -9 does it.
     pub fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
@@ -261,9 +268,10 @@ impl Server {
             return Err(Status::failed_precondition("another process"));
         }
         let work = Work::try_from(work.unwrap_or_default())?;
-        self.counts.opened.fetch_add(1, Ordering::SeqCst);
-        self.works.lock().unwrap().push(work.clone());
         let script = *self.script.lock().unwrap();
+        self.works.lock().unwrap().push(work.clone());
+        // Last: who sees it may change the script.
+        self.counts.opened.fetch_add(1, Ordering::SeqCst);
         if script == Script::Full {
             Err(Status::resource_exhausted("no place"))
         } else {
@@ -396,8 +404,10 @@ impl Node for Server {
             let mine = next;
             while next < max {
                 match script {
-                    Script::Stall(tokens) if next - mine == tokens => std::future::pending().await,
-                    Script::Fail(tokens) if next - mine == tokens => {
+                    Script::Stall(tokens) | Script::Fail(tokens) if next - mine == tokens => {
+                        if let Script::Stall(_) = script {
+                            counts.fail.notified().await;
+                        }
                         let _ = say(Event::Failed(failed(false))).await;
                         return;
                     }
