@@ -4,8 +4,10 @@
 #![warn(missing_docs)]
 
 mod admission;
+mod index;
 mod route;
 pub mod step;
 
 pub use admission::{Admission, AdmissionLimits, AdmissionLoad, Refusal, admit};
+pub use index::BlockIndex;
 pub use route::{Decision, NodeView, Prediction, RefuseReason, RouteRequest, route};

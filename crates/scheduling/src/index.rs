@@ -1,0 +1,560 @@
+//! Which node holds which KV blocks, and from that how much of a prompt each node need not compute again.
+//!
+//! Two directions are kept: from a block to its holders, to walk a prompt's chain, and from a node to its blocks, to forget
+//! a node at the cost of what it held. Holders of one block are a single node, a sorted list, or, where that is not larger,
+//! a set of bits. Memory stays below 100 bytes per location, and locations below a bound given at the start: what comes
+//! beyond it is counted and not indexed, which costs a prefix hit and never an answer.
+
+use baton_types::{BlockHash, Instance};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// A published block hash is the end of a BLAKE3 digest: eight of its bytes are as good a hash as any.
+#[derive(Default)]
+struct Digest(u64);
+
+impl Hasher for Digest {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_le_bytes(*first);
+        }
+    }
+
+    /// The length that comes before an array's bytes says nothing.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type Digests = BuildHasherDefault<Digest>;
+
+/// Place of a node in `BlockIndex::nodes`; taken again once the node is dropped.
+type Slot = u32;
+
+/// Set in a holder word that is a place in `BlockIndex::sets`, clear in one that is the only holder's slot.
+const SHARED: u32 = 1 << 31;
+
+/// Several holders of one block.
+#[derive(Debug)]
+enum Holders {
+    /// Sorted.
+    List(Vec<Slot>),
+    /// One bit per slot, grown as needed.
+    Bits { words: Vec<u64>, count: u32 },
+}
+
+/// What one node holds.
+#[derive(Debug)]
+struct Holding {
+    instance: Instance,
+    blocks: HashSet<BlockHash, Digests>,
+}
+
+/// The index. Its memory is bounded by `limit`.
+#[derive(Debug)]
+pub struct BlockIndex {
+    limit: usize,
+    locations: usize,
+    refused: u64,
+    /// The only holder's slot, or [`SHARED`] and a place in `sets`.
+    blocks: HashMap<BlockHash, u32, Digests>,
+    sets: Vec<Holders>,
+    free_sets: Vec<u32>,
+    nodes: Vec<Option<Holding>>,
+    free_nodes: Vec<Slot>,
+    slots: HashMap<Instance, Slot>,
+}
+
+impl BlockIndex {
+    /// An index of at most `limit` locations; a location is one block on one node.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            locations: 0,
+            refused: 0,
+            blocks: HashMap::default(),
+            sets: Vec::new(),
+            free_sets: Vec::new(),
+            nodes: Vec::new(),
+            free_nodes: Vec::new(),
+            slots: HashMap::new(),
+        }
+    }
+
+    /// Locations that are indexed.
+    pub fn locations(&self) -> usize {
+        self.locations
+    }
+
+    /// Locations that were not indexed, for want of room, since the start.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// `node` holds these blocks from now on. Those known already are no change.
+    pub fn add(&mut self, node: Instance, hashes: &[BlockHash]) {
+        if hashes.is_empty() {
+            return;
+        }
+        let slot = self.slot(node);
+        for hash in hashes {
+            let full = self.locations >= self.limit;
+            let Some(holding) = self.nodes[slot as usize].as_mut() else {
+                return;
+            };
+            if full {
+                self.refused += u64::from(!holding.blocks.contains(hash));
+            } else if holding.blocks.insert(*hash) {
+                self.locations += 1;
+                self.hold(*hash, slot);
+            }
+        }
+    }
+
+    /// `node` holds these blocks no more. Those not known are no change.
+    pub fn remove(&mut self, node: Instance, hashes: &[BlockHash]) {
+        let Some(slot) = self.slots.get(&node).copied() else {
+            return;
+        };
+        for hash in hashes {
+            let holding = self.nodes[slot as usize].as_mut();
+            if holding.is_some_and(|holding| holding.blocks.remove(hash)) {
+                self.locations -= 1;
+                self.release(hash, slot);
+            }
+        }
+    }
+
+    /// `node` is gone, and all that it held. Costs time in proportion to what it held.
+    pub fn drop_node(&mut self, node: Instance) {
+        let Some(slot) = self.slots.remove(&node) else { return };
+        let holding = self.nodes[slot as usize].take();
+        for hash in holding.iter().flat_map(|holding| &holding.blocks) {
+            self.locations -= 1;
+            self.release(hash, slot);
+        }
+        self.free_nodes.push(slot);
+    }
+
+    /// The nodes that hold the beginning of `chain`, each with how many blocks it holds without a gap: `chain[..blocks]`.
+    /// `out` is emptied first; nodes that do not hold `chain[0]` are not in it. In no particular order.
+    pub fn held(&self, chain: &[BlockHash], out: &mut Vec<(Instance, u32)>) {
+        out.clear();
+        let mut alive = Alive::List(Vec::new());
+        for (index, hash) in chain.iter().enumerate() {
+            let holders = self.blocks.get(hash).copied();
+            let mut leaves = |slot: Slot| {
+                if let Some(holding) = self.nodes[slot as usize].as_ref() {
+                    out.push((holding.instance, u32::try_from(index).unwrap_or(u32::MAX)));
+                }
+            };
+            match (holders, index) {
+                (None, 0) => return,
+                (None, _) => {
+                    alive.each(&mut leaves);
+                    return;
+                }
+                (Some(word), 0) => alive = self.all(word),
+                (Some(word), _) if word & SHARED == 0 => alive.keep_list(&[word], &mut leaves),
+                (Some(word), _) => match &self.sets[(word & !SHARED) as usize] {
+                    Holders::List(list) => alive.keep_list(list, &mut leaves),
+                    Holders::Bits { words, .. } => alive.keep_bits(words, &mut leaves),
+                },
+            }
+            if alive.is_empty() {
+                return;
+            }
+        }
+        alive.each(|slot| {
+            if let Some(holding) = self.nodes[slot as usize].as_ref() {
+                out.push((holding.instance, u32::try_from(chain.len()).unwrap_or(u32::MAX)));
+            }
+        });
+    }
+
+    /// Memory in use, in bytes, from the capacities of all that is kept.
+    pub fn bytes(&self) -> usize {
+        /// A table of the standard library has 8 buckets for 7 entries, a power of two of them, and a byte beside each.
+        fn table(capacity: usize, entry: usize) -> usize {
+            let buckets = if capacity == 0 {
+                0
+            } else {
+                (capacity * 8 / 7).next_power_of_two()
+            };
+            buckets * (entry + 1)
+        }
+        let hash = size_of::<BlockHash>();
+        let sets = self.sets.iter().map(|set| match set {
+            Holders::List(list) => list.capacity() * size_of::<Slot>(),
+            Holders::Bits { words, .. } => words.capacity() * size_of::<u64>(),
+        });
+        let nodes = self.nodes.iter().flatten();
+        table(self.blocks.capacity(), size_of::<(BlockHash, u32)>())
+            + self.sets.capacity() * size_of::<Holders>()
+            + sets.sum::<usize>()
+            + (self.free_sets.capacity() + self.free_nodes.capacity()) * size_of::<u32>()
+            + self.nodes.capacity() * size_of::<Option<Holding>>()
+            + nodes.map(|node| table(node.blocks.capacity(), hash)).sum::<usize>()
+            + table(self.slots.capacity(), size_of::<(Instance, Slot)>())
+    }
+
+    fn slot(&mut self, node: Instance) -> Slot {
+        if let Some(slot) = self.slots.get(&node) {
+            return *slot;
+        }
+        let slot = self.free_nodes.pop().unwrap_or_else(|| {
+            self.nodes.push(None);
+            u32::try_from(self.nodes.len() - 1).expect("every node has a process; there are fewer than 2^31 of them")
+        });
+        self.nodes[slot as usize] = Some(Holding {
+            instance: node,
+            blocks: HashSet::default(),
+        });
+        self.slots.insert(node, slot);
+        slot
+    }
+
+    fn hold(&mut self, hash: BlockHash, slot: Slot) {
+        let word = match self.blocks.entry(hash) {
+            Entry::Vacant(entry) => {
+                entry.insert(slot);
+                return;
+            }
+            Entry::Occupied(entry) => entry.into_mut(),
+        };
+        if *word & SHARED != 0 {
+            self.sets[(*word & !SHARED) as usize].insert(slot, self.nodes.len());
+            return;
+        }
+        let pair = Holders::List(vec![slot.min(*word), slot.max(*word)]);
+        let place = match self.free_sets.pop() {
+            Some(place) => {
+                self.sets[place as usize] = pair;
+                place
+            }
+            None => {
+                self.sets.push(pair);
+                u32::try_from(self.sets.len() - 1)
+                    .expect("a set has two locations, and memory ends before 2^32 of them")
+            }
+        };
+        *word = SHARED | place;
+    }
+
+    fn release(&mut self, hash: &BlockHash, slot: Slot) {
+        let Some(word) = self.blocks.get_mut(hash) else { return };
+        if *word & SHARED == 0 {
+            self.blocks.remove(hash);
+            return;
+        }
+        let place = *word & !SHARED;
+        if let Some(last) = self.sets[place as usize].remove(slot, self.nodes.len()) {
+            *word = last;
+            self.sets[place as usize] = Holders::List(Vec::new());
+            self.free_sets.push(place);
+        }
+    }
+
+    fn all(&self, word: u32) -> Alive {
+        if word & SHARED == 0 {
+            return Alive::List(vec![word]);
+        }
+        match &self.sets[(word & !SHARED) as usize] {
+            Holders::List(list) => Alive::List(list.clone()),
+            Holders::Bits { words, .. } => Alive::Bits(words.clone()),
+        }
+    }
+}
+
+/// Whether bits for so many nodes take no more room than a list of so many holders.
+fn bits_are_smaller(holders: usize, nodes: usize) -> bool {
+    nodes <= holders * 32
+}
+
+impl Holders {
+    /// Adds a slot that is not in it; `nodes` is the number of slots there are.
+    fn insert(&mut self, slot: Slot, nodes: usize) {
+        match self {
+            Self::List(list) => {
+                let at = list.partition_point(|held| *held < slot);
+                list.insert(at, slot);
+                if bits_are_smaller(list.len(), nodes) {
+                    let mut words = vec![0; nodes.div_ceil(64)];
+                    list.iter()
+                        .for_each(|held| words[*held as usize / 64] |= 1 << (held % 64));
+                    let count = u32::try_from(list.len()).unwrap_or(u32::MAX);
+                    *self = Self::Bits { words, count };
+                }
+            }
+            Self::Bits { words, count } => {
+                let word = slot as usize / 64;
+                if words.len() <= word {
+                    words.resize(word + 1, 0);
+                }
+                words[word] |= 1 << (slot % 64);
+                *count += 1;
+            }
+        }
+    }
+
+    /// Takes out a slot that is in it; gives the one that is left where only one is.
+    fn remove(&mut self, slot: Slot, nodes: usize) -> Option<Slot> {
+        match self {
+            Self::List(list) => {
+                list.retain(|held| *held != slot);
+                match list.as_slice() {
+                    [last] => Some(*last),
+                    _ => None,
+                }
+            }
+            Self::Bits { words, count } => {
+                words[slot as usize / 64] &= !(1 << (slot % 64));
+                *count -= 1;
+                // Half of what made it bits: a block at the border does not change its form each time.
+                if !bits_are_smaller(*count as usize * 2, nodes) || *count == 1 {
+                    let mut list = Vec::with_capacity(*count as usize);
+                    each_bit(words, |held| list.push(held));
+                    let last = (list.len() == 1).then(|| list[0]);
+                    *self = Self::List(list);
+                    return last;
+                }
+                None
+            }
+        }
+    }
+}
+
+fn each_bit(words: &[u64], mut each: impl FnMut(Slot)) {
+    for (base, word) in (0..).step_by(64).zip(words) {
+        let mut left = *word;
+        while left != 0 {
+            each(base + left.trailing_zeros());
+            left &= left - 1;
+        }
+    }
+}
+
+fn has_bit(words: &[u64], slot: Slot) -> bool {
+    words
+        .get(slot as usize / 64)
+        .is_some_and(|word| word >> (slot % 64) & 1 != 0)
+}
+
+/// The nodes that hold every block of a chain so far.
+enum Alive {
+    List(Vec<Slot>),
+    Bits(Vec<u64>),
+}
+
+impl Alive {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::List(list) => list.is_empty(),
+            Self::Bits(words) => words.iter().all(|word| *word == 0),
+        }
+    }
+
+    fn each(&self, mut each: impl FnMut(Slot)) {
+        match self {
+            Self::List(list) => list.iter().copied().for_each(each),
+            Self::Bits(words) => each_bit(words, &mut each),
+        }
+    }
+
+    /// Keeps those in a sorted list; the others leave.
+    fn keep_list(&mut self, holders: &[Slot], mut leaves: impl FnMut(Slot)) {
+        match self {
+            // Most often a chain's next block has the holders of the one before.
+            Self::List(list) if list == holders => {}
+            Self::List(list) => list.retain(|slot| {
+                let stays = holders.binary_search(slot).is_ok();
+                if !stays {
+                    leaves(*slot);
+                }
+                stays
+            }),
+            Self::Bits(words) => {
+                let stay: Vec<Slot> = holders.iter().copied().filter(|slot| has_bit(words, *slot)).collect();
+                stay.iter()
+                    .for_each(|slot| words[*slot as usize / 64] &= !(1 << (slot % 64)));
+                each_bit(words, leaves);
+                *self = Self::List(stay);
+            }
+        }
+    }
+
+    fn keep_bits(&mut self, holders: &[u64], mut leaves: impl FnMut(Slot)) {
+        match self {
+            Self::List(list) => list.retain(|slot| {
+                let stays = has_bit(holders, *slot);
+                if !stays {
+                    leaves(*slot);
+                }
+                stays
+            }),
+            Self::Bits(words) => {
+                for (index, word) in words.iter_mut().enumerate() {
+                    let stay = *word & holders.get(index).copied().unwrap_or(0);
+                    if stay != *word {
+                        let base = u32::try_from(index * 64).unwrap_or(u32::MAX);
+                        each_bit(&[*word & !stay], |bit| leaves(base + bit));
+                        *word = stay;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn hash(number: u64) -> BlockHash {
+        let mut bytes = [0; 16];
+        let mixed = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        bytes[..8].copy_from_slice(&mixed.to_le_bytes());
+        bytes[8..].copy_from_slice(&number.to_le_bytes());
+        BlockHash(bytes)
+    }
+
+    fn hashes(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
+        numbers.into_iter().map(hash).collect()
+    }
+
+    fn held(index: &BlockIndex, chain: &[BlockHash]) -> Vec<(u64, u32)> {
+        let mut out = vec![(Instance(99), 9)];
+        index.held(chain, &mut out);
+        let mut out: Vec<_> = out.into_iter().map(|(node, blocks)| (node.0, blocks)).collect();
+        out.sort_unstable();
+        out
+    }
+
+    #[test]
+    fn a_prefix_ends_at_the_first_block_that_is_missing() {
+        let mut index = BlockIndex::new(100);
+        index.add(Instance(1), &hashes(0..5));
+        index.add(Instance(2), &hashes([0, 1, 3, 4]));
+        index.add(Instance(3), &hashes(1..5));
+        assert_eq!(held(&index, &hashes(0..5)), [(1, 5), (2, 2)]);
+        assert_eq!(held(&index, &hashes(0..9)), [(1, 5), (2, 2)]);
+        assert_eq!(held(&index, &hashes(0..1)), [(1, 1), (2, 1)]);
+        assert_eq!(held(&index, &hashes(9..12)), []);
+        assert_eq!(held(&index, &[]), []);
+        index.remove(Instance(1), &hashes([2, 77]));
+        assert_eq!(held(&index, &hashes(0..5)), [(1, 2), (2, 2)]);
+        index.drop_node(Instance(1));
+        index.drop_node(Instance(1));
+        index.remove(Instance(1), &hashes([0]));
+        assert_eq!(held(&index, &hashes(0..5)), [(2, 2)]);
+        assert_eq!(index.locations(), 8);
+    }
+
+    #[test]
+    fn beyond_its_bound_it_counts_and_does_not_index() {
+        let mut index = BlockIndex::new(3);
+        index.add(Instance(1), &hashes(0..2));
+        index.add(Instance(2), &hashes(0..2));
+        index.add(Instance(1), &hashes(0..2));
+        assert_eq!((index.locations(), index.refused()), (3, 1));
+        assert_eq!(held(&index, &hashes(0..2)), [(1, 2), (2, 1)]);
+        index.remove(Instance(2), &hashes(0..2));
+        index.add(Instance(3), &hashes(0..1));
+        assert_eq!((index.locations(), index.refused()), (3, 1));
+        assert_eq!(held(&index, &hashes(0..2)), [(1, 2), (3, 1)]);
+    }
+
+    #[test]
+    fn a_new_node_in_an_old_ones_slot_holds_nothing_of_it() {
+        let mut index = BlockIndex::new(1000);
+        (0..70).for_each(|node| index.add(Instance(node), &hashes(0..3)));
+        index.drop_node(Instance(7));
+        index.add(Instance(700), &hashes(0..1));
+        let all = held(&index, &hashes(0..3));
+        assert_eq!(
+            (all.len(), all.contains(&(700, 1)), all.iter().any(|(n, _)| *n == 7)),
+            (70, true, false)
+        );
+        (0..70).for_each(|node| index.drop_node(Instance(node)));
+        index.drop_node(Instance(700));
+        assert_eq!(index.locations(), 0);
+        assert!(index.blocks.is_empty() && index.slots.is_empty() && index.free_sets.len() == index.sets.len());
+    }
+
+    /// Sizes at which a table has just doubled are the worst.
+    #[test]
+    fn a_location_takes_less_than_100_bytes() {
+        for (nodes, blocks, holders) in [
+            (50, 920, 1),
+            (50, 460, 2),
+            (100, 920, 5),
+            (128, 460, 40),
+            (300, 920, 300),
+        ] {
+            let mut index = BlockIndex::new(usize::MAX);
+            for node in 0..nodes {
+                let group = node / holders;
+                index.add(Instance(node), &hashes((0..blocks).map(|block| group * blocks + block)));
+            }
+            let each = index.bytes() / index.locations();
+            assert!(
+                each <= 100,
+                "{each} bytes with {nodes} nodes, {holders} of which hold each block"
+            );
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Change {
+        Add(u64, Vec<u64>),
+        Remove(u64, Vec<u64>),
+        Drop(u64),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let (node, blocks) = (0u64..80, || prop::collection::vec(0u64..12, 1..12));
+        prop_oneof![
+            6 => (node.clone(), blocks()).prop_map(|(node, blocks)| Change::Add(node, blocks)),
+            3 => (node.clone(), blocks()).prop_map(|(node, blocks)| Change::Remove(node, blocks)),
+            1 => node.prop_map(Change::Drop),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_agrees_with_plain_sets(
+            first in 0u64..90, changes in prop::collection::vec(change(), 0..120), chain in prop::collection::vec(0u64..12, 0..12),
+        ) {
+            let mut index = BlockIndex::new(usize::MAX);
+            let mut model: HashMap<u64, BTreeSet<u64>> = HashMap::new();
+            let crowd = (0..first).map(|node| Change::Add(node, (0..12).collect()));
+            for change in crowd.chain(changes) {
+                match change {
+                    Change::Add(node, blocks) => {
+                        index.add(Instance(node), &hashes(blocks.iter().copied()));
+                        model.entry(node).or_default().extend(blocks);
+                    }
+                    Change::Remove(node, blocks) => {
+                        index.remove(Instance(node), &hashes(blocks.iter().copied()));
+                        model.entry(node).or_default().retain(|block| !blocks.contains(block));
+                    }
+                    Change::Drop(node) => {
+                        index.drop_node(Instance(node));
+                        model.remove(&node);
+                    }
+                }
+                prop_assert_eq!(index.locations(), model.values().map(BTreeSet::len).sum::<usize>());
+            }
+            let mut expected: Vec<(u64, u32)> = model.iter().map(|(node, blocks)| {
+                (*node, chain.iter().take_while(|block| blocks.contains(block)).count() as u32)
+            }).filter(|(_, blocks)| *blocks > 0).collect();
+            expected.sort_unstable();
+            prop_assert_eq!(held(&index, &hashes(chain.iter().copied())), expected);
+        }
+    }
+}
