@@ -6,6 +6,7 @@
 
 mod guards;
 mod integrity;
+mod journal;
 mod pool;
 mod state;
 mod zero;
@@ -15,5 +16,6 @@ mod model_test;
 
 pub use guards::{BlockTable, Quarantined, Reservation};
 pub use integrity::IntegrityFault;
+pub use journal::CacheChanges;
 pub use pool::BlockPool;
 pub use state::NoRoom;

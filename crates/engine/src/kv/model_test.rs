@@ -3,7 +3,7 @@
 use super::{BlockPool, BlockTable, Quarantined, Reservation};
 use baton_types::{BlockHash, BlockId};
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 const BLOCKS: u32 = 12;
@@ -46,6 +46,7 @@ enum Op {
         pick: usize,
     },
     ClearCache,
+    TakeChanges,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -61,6 +62,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(|pick| Op::ReleaseReservation { pick }),
         2 => any::<usize>().prop_map(|pick| Op::ReleaseQuarantined { pick }),
         1 => Just(Op::ClearCache),
+        2 => Just(Op::TakeChanges),
     ]
 }
 
@@ -82,6 +84,8 @@ struct Model {
     quarantined: Vec<Quarantined>,
     /// What a block was published as, and in which of its lives.
     published: HashMap<BlockId, (BlockHash, u64)>,
+    /// What the changes that were taken add up to.
+    told: HashSet<BlockHash>,
 }
 
 fn take<T>(from: &mut Vec<T>, pick: usize) -> Option<T> {
@@ -224,6 +228,23 @@ impl Model {
                 pool.clear_cache();
                 self.published.clear();
             }
+            Op::TakeChanges => self.take_changes(pool),
+        }
+    }
+
+    fn take_changes(&mut self, pool: &BlockPool) {
+        let changes = pool.take_changes();
+        for hash in &changes.evicted {
+            assert!(
+                self.told.remove(hash),
+                "{hash:?} was told as gone and had not been told"
+            );
+        }
+        for hash in &changes.stored {
+            assert!(self.told.insert(*hash), "{hash:?} was told twice");
+        }
+        for hash in (0..3).flat_map(|c| chain(c, 8)) {
+            assert_eq!(self.told.contains(&hash), pool.held(&[hash]) == 1, "{hash:?}");
         }
     }
 
@@ -259,6 +280,7 @@ proptest! {
             }
             model.check_counts(&pool);
         }
+        model.take_changes(&pool);
         model.tables.clear();
         for reservation in model.reservations.drain(..) {
             reservation.release();

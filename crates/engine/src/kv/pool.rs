@@ -2,6 +2,7 @@
 
 use super::guards::{BlockTable, Reservation};
 use super::integrity::{self, IntegrityFault};
+use super::journal::CacheChanges;
 use super::state::{Book, NoRoom, Place};
 use baton_types::{BlockCounts, BlockHash, BlockId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -73,6 +74,13 @@ impl BlockPool {
     /// How often this block was given out for new contents; 0 for an id outside the arena.
     pub fn generation(&self, block: BlockId) -> u64 {
         self.book().blocks.get(block.index()).map_or(0, |b| b.generation)
+    }
+
+    /// What came into the prefix cache and what left it since the last call; from the start with the first one. Blocks in use
+    /// by sequences count as cached. Costs time in proportion to the blocks that changed, under the pool's lock.
+    pub fn take_changes(&self) -> CacheChanges {
+        let book = &mut *self.book();
+        book.journal.take(|id| book.blocks[id.index()].identity)
     }
 
     /// Forgets every identity, so that no later request hits the cache; cached blocks become free.

@@ -2,6 +2,7 @@
 //!
 //! Everything here runs under the pool's mutex and touches no IO. Owner of the state: [`super::BlockPool`].
 
+use super::journal::Journal;
 use baton_types::{BlockCounts, BlockHash, BlockId};
 use std::collections::{BTreeMap, HashMap};
 
@@ -56,6 +57,7 @@ pub(super) struct Book {
     pub quarantined: usize,
     /// Sum of all tables' lengths; equals the sum of all reference counts.
     pub pins: usize,
+    pub journal: Journal,
 }
 
 impl Book {
@@ -76,6 +78,7 @@ impl Book {
             reserved: 0,
             quarantined: 0,
             pins: 0,
+            journal: Journal::new(blocks as usize),
         }
     }
 
@@ -181,6 +184,7 @@ impl Book {
         block.place = Place::Free;
         if let Some(hash) = block.identity.take() {
             self.index.remove(&hash);
+            self.journal.note(id);
         }
         metrics::counter!("baton_engine_cache_evicted_blocks_total").increment(1);
         id
@@ -249,14 +253,15 @@ impl Book {
         if block.identity.is_none() && !self.index.contains_key(&hash) {
             block.identity = Some(hash);
             self.index.insert(hash, id);
+            self.journal.note(id);
         }
     }
 
     /// Forgets every identity; cached blocks become free.
     pub fn clear_cache(&mut self) {
-        self.index.clear();
-        for block in &mut self.blocks {
-            block.identity = None;
+        for (_, id) in self.index.drain() {
+            self.blocks[id.index()].identity = None;
+            self.journal.note(id);
         }
         while let Some((_, id)) = self.lru.pop_first() {
             self.blocks[id.index()].place = Place::Free;
