@@ -65,6 +65,8 @@ pub struct GenerateInput {
     pub stop: Vec<String>,
     /// Time budget; `None`: the coordinator's default.
     pub timeout: Option<Duration>,
+    /// Cached blocks are shared among requests of equal salt only. At most 256 bytes.
+    pub cache_salt: String,
 }
 
 /// A request that runs. Dropping it cancels.
@@ -166,6 +168,8 @@ pub struct Timeline {
     pub prefill_tokens: u32,
     /// Prompt tokens from a prefix cache.
     pub cached_tokens: u32,
+    /// Prompt tokens that the decode node held, so that they were not handed over.
+    pub held_tokens: u32,
     /// Bytes of KV that crossed between nodes.
     pub handover_bytes: u64,
     /// `tcp`, `memory` ..., or `local` where nothing was handed over.

@@ -100,6 +100,7 @@ impl From<Work> for v1::Work {
                 .iter()
                 .map(|hash| Bytes::copy_from_slice(&hash.0))
                 .collect(),
+            cache_salt: work.cache_salt,
             budget_us: work.budget.as_us(),
             coordinator_instance: work.coordinator.to_string(),
             model_fingerprint: work.fingerprint.to_string(),
@@ -139,6 +140,7 @@ impl TryFrom<v1::Work> for Work {
             generated: work.generated,
             sampling: SamplingParams::try_from(wire)?,
             block_hashes,
+            cache_salt: work.cache_salt,
             budget: Budget::from_us(work.budget_us),
             coordinator: parse_id("coordinator_instance", &work.coordinator_instance)?,
             fingerprint: parse_id("model_fingerprint", &work.model_fingerprint)?,
@@ -389,8 +391,8 @@ mod tests {
             proptest::collection::vec(any::<u32>(), 1..8),
             proptest::collection::vec(any::<u32>(), 0..8),
         );
-        let hashes = proptest::collection::vec(any::<[u8; 16]>(), 0..3);
-        (ids, tokens, hashes, sampling()).prop_map(|(ids, (prompt, generated), hashes, sampling)| Work {
+        let hashes = (proptest::collection::vec(any::<[u8; 16]>(), 0..3), any::<String>());
+        (ids, tokens, hashes, sampling()).prop_map(|(ids, (prompt, generated), (hashes, salt), sampling)| Work {
             request_id: RequestId(ids.0),
             ticket: Ticket(ids.1),
             attempt: Attempt(ids.2),
@@ -398,6 +400,7 @@ mod tests {
             generated,
             sampling,
             block_hashes: hashes.into_iter().map(BlockHash).collect(),
+            cache_salt: salt,
             budget: Budget::from_us(ids.3),
             coordinator: Instance(ids.5),
             fingerprint: ModelFingerprint(ids.4),
@@ -420,6 +423,7 @@ mod tests {
             generated: Vec::new(),
             sampling: SamplingParams::default(),
             block_hashes: Vec::new(),
+            cache_salt: String::new(),
             budget: Budget::from_us(9),
             coordinator: Instance(3),
             fingerprint: ModelFingerprint([4; 32]),

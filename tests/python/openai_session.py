@@ -146,6 +146,10 @@ def caches():
     completion(prompt=words, max_tokens=2)
     again = completion(prompt=words, max_tokens=2)
     check(again.usage.prompt_tokens_details.cached_tokens > 0, "a repeated prompt was not found in a cache:", again.usage)
+    for cached, salt in [(0, "a"), (1, "a"), (0, "b")]:
+        usage = completion(prompt=words, max_tokens=2, extra_body={"cache_salt": salt}).usage
+        equal(min(usage.prompt_tokens_details.cached_tokens, 1), cached, f"a prefix found in the cache under salt {salt}")
+    refused(openai.BadRequestError, lambda: completion(prompt=words, extra_body={"cache_salt": "x" * 257}), "cache_salt")
 
 
 def errors():

@@ -86,6 +86,7 @@ pub(crate) enum DecodeEvent {
         index: usize,
         token: u32,
         handover_bytes: u64,
+        held_tokens: u32,
     },
     Tokens {
         batch: TokenBatch,

@@ -219,8 +219,10 @@ impl Request {
                 index,
                 token,
                 handover_bytes,
+                held_tokens,
             } => {
-                self.committed(attempt, index, token, handover_bytes);
+                self.times.committed(handover_bytes, held_tokens);
+                self.committed(attempt, index, token);
             }
             DecodeEvent::Tokens { batch, local } => self.tokens(batch, local),
             DecodeEvent::Finished {
@@ -237,7 +239,7 @@ impl Request {
 
     /// The decode node owns the first token's context. An earlier attempt than the present one may have won the latch: the
     /// present one is not needed then.
-    fn committed(&mut self, attempt: Attempt, index: usize, token: u32, handover_bytes: u64) {
+    fn committed(&mut self, attempt: Attempt, index: usize, token: u32) {
         let Some(run) = &mut self.run else { return };
         if run.alone || run.committed || attempt > run.attempt || index != run.base {
             return self.decode_broke_the_rules(format!("it committed attempt {} at token {index}", attempt.0));
@@ -249,7 +251,6 @@ impl Request {
         {
             self.effects.push(Effect::Close(leg));
         }
-        self.times.committed(handover_bytes);
         if self.generated.len() > index {
             if self.generated[index] != token {
                 self.diverged(index);

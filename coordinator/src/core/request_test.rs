@@ -88,6 +88,7 @@ impl Machine {
             index,
             token,
             handover_bytes: 1000,
+            held_tokens: 32,
         };
         self.on(Event::Decode(Leg(leg), event))
     }
@@ -227,9 +228,10 @@ fn the_normal_path() {
         (
             timeline.handover_path.as_str(),
             timeline.handover_bytes,
+            timeline.held_tokens,
             timeline.exposed_us
         ),
-        ("tcp", 1000, 4)
+        ("tcp", 1000, 32, 4)
     );
     assert_eq!(
         (timeline.prefill_node.as_str(), timeline.decode_node.as_str()),

@@ -245,6 +245,7 @@ impl World {
                 index,
                 token: token_at(base),
                 handover_bytes: 5,
+                held_tokens: 0,
             };
             let mut events = VecDeque::from([Event::Decode(leg, event)]);
             events.extend(self.rest(leg, base + 1));

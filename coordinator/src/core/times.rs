@@ -20,6 +20,7 @@ impl Times {
     pub(super) fn attempt(&mut self) {
         self.timeline.attempts += 1;
         self.handed_over(Handover::default());
+        self.timeline.held_tokens = 0;
         self.decoded = None;
     }
 
@@ -66,8 +67,9 @@ impl Times {
     }
 
     /// As the receiver counted.
-    pub(super) fn committed(&mut self, bytes: u64) {
+    pub(super) fn committed(&mut self, bytes: u64, held_tokens: u32) {
         self.timeline.handover_bytes = bytes;
+        self.timeline.held_tokens = held_tokens;
     }
 
     pub(super) fn handed_over(&mut self, handover: Handover) {

@@ -191,6 +191,7 @@ fn decode_event(wire: v1::DecodeEvent) -> Result<DecodeEvent, Failure> {
             index: committed.index as usize,
             token: committed.token,
             handover_bytes: committed.handover_bytes,
+            held_tokens: committed.held_tokens,
         }),
         Event::Tokens(tokens) => {
             let local = tokens.prefill_us.map(|prefill_us| LocalPrefill {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
+const SALT_BYTES_MAX: usize = 256;
 
 /// A request that nodes can compute.
 #[derive(Debug)]
@@ -15,6 +16,7 @@ pub(super) struct Prepared {
     pub(super) sampling: SamplingParams,
     pub(super) stop: Vec<String>,
     pub(super) timeout: Duration,
+    pub(super) cache_salt: String,
 }
 
 /// Bounds on what clients may ask for.
@@ -72,6 +74,13 @@ pub(super) fn prepare(
         return Err(ApiError::invalid("logit_bias", message));
     }
     check_stops(&input.stop)?;
+    if input.cache_salt.len() > SALT_BYTES_MAX {
+        let message = format!(
+            "cache_salt has {} bytes; at most {SALT_BYTES_MAX} are allowed",
+            input.cache_salt.len()
+        );
+        return Err(ApiError::invalid("cache_salt", message));
+    }
     let timeout = input.timeout.unwrap_or(bounds.timeout_default);
     if timeout.is_zero() || timeout > bounds.timeout_max {
         let message = format!(
@@ -85,6 +94,7 @@ pub(super) fn prepare(
         sampling,
         stop: input.stop,
         timeout,
+        cache_salt: input.cache_salt,
     })
 }
 

@@ -347,7 +347,7 @@ impl Task {
             .take()
             .filter(|known| known.tokens == tokens && known.numerics == *numerics);
         let identity = known.unwrap_or_else(|| {
-            let mut scope = self.job.model.card.cache_scope("");
+            let mut scope = self.job.model.card.cache_scope(&self.job.prepared.cache_salt);
             scope.numerics = numerics.clone();
             let block_tokens = self.job.model.card.block_tokens as usize;
             let hashes = if base == 0 {
@@ -370,6 +370,7 @@ impl Task {
             generated,
             sampling: self.job.prepared.sampling.clone(),
             block_hashes: identity.hashes.clone(),
+            cache_salt: self.job.prepared.cache_salt.clone(),
             budget: Budget(left),
             coordinator: self.shared.instance,
             fingerprint: self.job.model.card.fingerprint,
@@ -416,10 +417,12 @@ impl Task {
                     Some(counted) => (FinishReason::Stop, counted),
                     None => (reason, completion_tokens),
                 };
+                let prompt_tokens = u32::try_from(self.job.prepared.prompt.len()).unwrap_or(u32::MAX);
                 let usage = Usage {
-                    prompt_tokens: u32::try_from(self.job.prepared.prompt.len()).unwrap_or(u32::MAX),
+                    prompt_tokens,
                     completion_tokens: u32::try_from(completion_tokens).unwrap_or(u32::MAX),
-                    cached_tokens,
+                    // After a fault the tokens generated so far are prefilled too, and some of them may be cached.
+                    cached_tokens: cached_tokens.min(prompt_tokens),
                 };
                 tracing::debug!(%request_id, ?reason, completion_tokens, elapsed_us, ?timeline, "request finished");
                 (

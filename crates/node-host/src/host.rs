@@ -253,14 +253,14 @@ impl Host {
         self.0.requests.load(Ordering::Acquire)
     }
 
-    /// Identities begin here for requests of the default tenant.
-    pub fn cache_scope(&self) -> CacheScope {
+    /// Where the identities of what this node computes begin, for requests of one salt.
+    pub fn cache_scope(&self, salt: &str) -> CacheScope {
         CacheScope {
             fingerprint: self.0.model.fingerprint,
             numerics: self.0.model.numerics.clone(),
             dtype: self.0.model.geometry.dtype,
             adapter: String::new(),
-            salt: String::new(),
+            salt: salt.to_owned(),
         }
     }
 

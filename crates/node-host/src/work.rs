@@ -164,10 +164,10 @@ fn check_tokens(host: &Host, work: &Work) -> Result<(), WorkRefused> {
 }
 
 /// The identity chain behind the work's last full block, where this node can continue it: the wire carries cut hashes
-/// only, so the chain is made anew and compared. A tenant's salt is unknown here, so its chain cannot be continued.
+/// only, so the chain is made anew and compared. Blocks that another arithmetic computed are not continued by this one's.
 pub fn chain(host: &Host, work: &Work) -> Option<BlockHashChain> {
     let block_tokens = host.model().geometry.block_tokens as usize;
-    let mut chain = BlockHashChain::new(&host.cache_scope());
+    let mut chain = BlockHashChain::new(&host.cache_scope(&work.cache_salt));
     let tokens: Vec<u32> = work.prompt.iter().chain(&work.generated).copied().collect();
     let last = tokens
         .chunks_exact(block_tokens)

@@ -22,6 +22,8 @@ pub struct Work {
     pub sampling: SamplingParams,
     /// Identities of the full blocks of prompt ++ generated.
     pub block_hashes: Vec<BlockHash>,
+    /// What those identities were salted with: [`crate::CacheScope::salt`].
+    pub cache_salt: String,
     /// What is left of its time.
     pub budget: Budget,
     /// The coordinator process that owns it.

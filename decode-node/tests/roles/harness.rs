@@ -115,12 +115,13 @@ impl TestNode {
     /// One request's attempt of `tokens` prompt tokens. Equal `seed`, equal prompt.
     pub fn work(&self, seed: u32, tokens: u32, max_tokens: u32) -> Work {
         let prompt: Vec<u32> = (0..tokens).map(|i| (seed * 31 + i * 7 + i / 5) % 256).collect();
-        let scope = self.host.cache_scope();
+        let scope = self.host.cache_scope("");
         Work {
             request_id: RequestId::random(),
             ticket: Ticket::random(),
             attempt: Attempt::FIRST,
             block_hashes: BlockHashChain::full_blocks(&scope, &prompt, BLOCK_TOKENS as usize),
+            cache_salt: String::new(),
             prompt,
             generated: Vec::new(),
             sampling: SamplingParams {
@@ -133,6 +134,14 @@ impl TestNode {
             coordinator: Instance(7),
             fingerprint: self.host.model().fingerprint,
         }
+    }
+
+    /// The same under a salt, for the tokens that the work has now.
+    pub fn salted(&self, mut work: Work, salt: &str) -> Work {
+        let tokens: Vec<u32> = work.prompt.iter().chain(&work.generated).copied().collect();
+        work.block_hashes = BlockHashChain::full_blocks(&self.host.cache_scope(salt), &tokens, BLOCK_TOKENS as usize);
+        work.cache_salt = salt.to_owned();
+        work
     }
 
     /// Opens a decode stream.

@@ -51,11 +51,18 @@ async fn handed_over_alone_and_with_a_warm_cache_give_the_same_tokens() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn generated_tokens_go_on_where_they_ended_and_hit_the_cache() {
     let (p, d) = pair().await;
-    let (_, whole) = run_pair(&p, &d, &d.work(3, 40, 40)).await;
+    let salted = |salt| d.salted(d.work(3, 40, 40), salt);
+    let (_, whole) = run_pair(&p, &d, &salted("mine")).await;
+    let (prefilled, decoded) = run_pair(&p, &d, &salted("yours")).await;
+    assert_eq!(
+        (prefilled.cached_tokens, decoded.held_tokens),
+        (0, 0),
+        "another's cache"
+    );
+    assert_eq!(decoded.tokens, whole.tokens);
     let mut work = d.work(3, 40, 40);
     work.generated = whole.tokens[..30].to_vec();
-    let tokens: Vec<u32> = work.prompt.iter().chain(&work.generated).copied().collect();
-    work.block_hashes = baton_types::BlockHashChain::full_blocks(&d.host.cache_scope(), &tokens, 16);
+    let work = d.salted(work, "mine");
     let mut stream = d.open(&work, false);
     let accepted = stream.accepted().await;
     assert_eq!(

@@ -113,6 +113,9 @@ pub struct Timeline {
     /// What the path carried while it was at work for this hand-over; 0 where that was not measured.
     #[prost(uint64, tag = "16")]
     pub handover_bytes_per_second: u64,
+    /// Prompt tokens whose KV needed no hand-over, because the decode node held it; 0 where nothing was handed over.
+    #[prost(uint32, tag = "17")]
+    pub held_tokens: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -190,6 +193,10 @@ pub struct GenerateRequest {
     /// Time budget in milliseconds; absent: the server's default.
     #[prost(uint64, optional, tag = "7")]
     pub timeout_ms: ::core::option::Option<u64>,
+    /// Cached prompts are shared only among requests of equal cache_salt: who does not know it can neither use nor time what
+    /// others sent. At most 256 bytes. Default: empty, shared with all others that set none.
+    #[prost(string, tag = "8")]
+    pub cache_salt: ::prost::alloc::string::String,
     #[prost(oneof = "generate_request::Input", tags = "2, 3, 4")]
     pub input: ::core::option::Option<generate_request::Input>,
 }
@@ -1396,6 +1403,9 @@ pub struct Work {
     /// A receiver whose own fingerprint differs answers FAILED_PRECONDITION.
     #[prost(string, tag = "10")]
     pub model_fingerprint: ::prost::alloc::string::String,
+    /// Keeps the cached blocks of those who do not share them apart; part of every block's identity. Empty where all share.
+    #[prost(string, tag = "11")]
+    pub cache_salt: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillRequest {

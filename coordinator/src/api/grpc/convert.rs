@@ -63,6 +63,7 @@ pub(super) fn generate_input(request_id: RequestId, wire: v1::GenerateRequest) -
         max_tokens,
         stop: wire.stop,
         timeout,
+        cache_salt: wire.cache_salt,
     })
 }
 
@@ -120,6 +121,7 @@ fn timeline(timeline: Timeline) -> v1::Timeline {
         prefill_us: timeline.prefill_us,
         prefill_tokens: timeline.prefill_tokens,
         cached_tokens: timeline.cached_tokens,
+        held_tokens: timeline.held_tokens,
         handover_bytes: timeline.handover_bytes,
         handover_path: timeline.handover_path,
         exposed_us: timeline.exposed_us,
@@ -186,12 +188,13 @@ mod tests {
         let wire = v1::GenerateRequest {
             input,
             timeout_ms: Some(70),
+            cache_salt: "mine".into(),
             ..Default::default()
         };
         let read = generate_input(RequestId(1), wire).unwrap();
         assert_eq!(
-            (read.seed, read.max_tokens, read.timeout),
-            (None, None, Some(Duration::from_millis(70)))
+            (read.seed, read.max_tokens, read.timeout, read.cache_salt.as_str()),
+            (None, None, Some(Duration::from_millis(70)), "mine")
         );
     }
 }

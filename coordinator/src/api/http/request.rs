@@ -1,5 +1,5 @@
 //! Requests in OpenAI's form, converted to [`GenerateInput`]. Baton's own additions: `top_k`, `min_p`,
-//! `repetition_penalty`, `ignore_eos`.
+//! `repetition_penalty`, `ignore_eos`, `cache_salt`.
 
 use super::error::HttpError;
 use super::fields::{Fields, wrong};
@@ -60,6 +60,7 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
     let mut sampling = sampling(&mut fields)?;
     let seed = fields.seed("seed")?;
     let stop = stop(fields.take("stop"))?;
+    let cache_salt = fields.text("cache_salt")?.unwrap_or_default();
     let stream = fields.boolean("stream")?.unwrap_or(false);
     let include_usage = stream_options(&mut fields, stream)?;
     fields.only("n", &json!(1))?;
@@ -107,6 +108,7 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         max_tokens,
         stop,
         timeout: None,
+        cache_salt,
     };
     Ok(Asked {
         input,
