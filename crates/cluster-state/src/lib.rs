@@ -1,12 +1,15 @@
-//! Who is in the cluster: node records under leases, a watch over them without a gap, and the store that holds them,
-//! which is etcd or the embedded one that speaks the same protocol. Only this crate names `etcd-client`.
+//! Who is in the cluster and which blocks each node holds: records under leases, watches over them without a gap, and the
+//! store that holds them, which is etcd or the embedded one that speaks the same protocol. Only this crate names
+//! `etcd-client`.
 
 #![warn(missing_docs)]
 
 mod backoff;
 pub mod embedded;
 mod error;
+mod feed;
 pub mod keys;
+mod locations;
 mod membership;
 mod options;
 mod publication;
@@ -15,8 +18,10 @@ mod store;
 mod watch;
 
 pub use error::{ClaimError, RegisterError, StoreError};
+pub use keys::blocks::BlockSegment;
 pub use keys::nodes::NodeRecord;
 pub use keys::store_id::StoreId;
+pub use locations::{LocationBudget, LocationEvent, LocationWatch};
 pub use options::{Credentials, InvalidAddress, StoreAddress, StoreOptions};
 pub use registration::Registration;
 pub use store::Store;

@@ -54,6 +54,11 @@ impl Publication {
             .unreachable("the record changed with each attempt to write it".to_owned()))
     }
 
+    /// The lease that the record stands under.
+    pub(crate) fn lease(&self) -> Option<i64> {
+        self.lease
+    }
+
     /// Ends the lease, and with it the record. Where the store does not answer, the lease runs out by itself.
     pub(crate) async fn revoke(&mut self) {
         let Some(lease) = self.lease.take() else { return };

@@ -22,6 +22,7 @@ pub struct Registration {
     store: Store,
     wanted: watch::Sender<Wanted>,
     published: watch::Receiver<Option<u64>>,
+    lease: watch::Receiver<Option<i64>>,
     stop: oneshot::Sender<()>,
     task: TaskHandle,
 }
@@ -53,18 +54,21 @@ impl Store {
         tracing::info!(node_id = %record.node_id, instance = %record.instance, role = %record.role, "node registered");
         let wanted = watch::Sender::new(Wanted { record, version: 0 });
         let (published, published_rx) = watch::channel(Some(0));
+        let (lease, lease_rx) = watch::channel(publication.lease());
         let (stop, stopped) = oneshot::channel();
         let keeper = Keeper {
             store: self.clone(),
             publication,
             wanted: wanted.subscribe(),
             published,
+            lease,
         };
         let task = self.supervisor().spawn("node-registration", keeper.run(stopped));
         Ok(Registration {
             store: self.clone(),
             wanted,
             published: published_rx,
+            lease: lease_rx,
             stop,
             task,
         })
@@ -115,6 +119,15 @@ impl Registration {
         *self.published.borrow() == Some(self.wanted.borrow().version)
     }
 
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The lease that the record was last seen under. Closed once the node is registered no more.
+    pub(crate) fn lease(&self) -> watch::Receiver<Option<i64>> {
+        self.lease.clone()
+    }
+
     /// Changes the record, name and instance excepted. True once it stands in the store; false where the store does not
     /// answer for 3 s: the change is then published as soon as it does.
     pub async fn update(&self, change: impl FnOnce(&mut NodeRecord)) -> bool {
@@ -144,6 +157,7 @@ struct Keeper {
     publication: Publication,
     wanted: watch::Receiver<Wanted>,
     published: watch::Sender<Option<u64>>,
+    lease: watch::Sender<Option<i64>>,
 }
 
 impl Keeper {
@@ -179,6 +193,9 @@ impl Keeper {
         let Wanted { record, version } = self.wanted.borrow_and_update().clone();
         let problem = match self.publication.pass(&record).await {
             Ok(Outcome::Published) => {
+                let lease = self.publication.lease();
+                self.lease
+                    .send_if_modified(|known| std::mem::replace(known, lease) != lease);
                 if self.published.send_replace(Some(version)).is_none() {
                     tracing::info!(node_id = %record.node_id, "node registered again");
                 }

@@ -16,7 +16,7 @@ pub use backend::{
     Backend, InvalidStub, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
 };
 pub use error::{LoadError, StepError};
-pub use kv::{BlockPool, BlockTable, CacheChanges, IntegrityFault, NoRoom, Quarantined, Reservation};
+pub use kv::{BlockPool, BlockTable, IntegrityFault, NoRoom, Quarantined, Reservation};
 pub use load::{LoadOptions, load};
 pub use model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 pub use sampling::{Sampled, sample};

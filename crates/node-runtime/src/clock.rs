@@ -70,7 +70,13 @@ impl Clock {
 
     /// Seconds since 1970 on the wall clock, for people only: it may jump, nothing is decided by it.
     pub fn unix_seconds(self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+        self.unix_us() / 1_000_000
+    }
+
+    /// As [`Self::unix_seconds`], in microseconds.
+    pub fn unix_us(self) -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 }
 

@@ -27,6 +27,27 @@ impl fmt::Debug for BlockHash {
     }
 }
 
+/// Which blocks came into a node's prefix cache and which left it. No hash is in both.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BlockChanges {
+    /// Came.
+    pub stored: Vec<BlockHash>,
+    /// Left.
+    pub evicted: Vec<BlockHash>,
+}
+
+impl BlockChanges {
+    /// How many blocks changed.
+    pub fn len(&self) -> usize {
+        self.stored.len() + self.evicted.len()
+    }
+
+    /// Nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// Who may share blocks with whom: the start of every chain.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct CacheScope {

@@ -12,7 +12,7 @@ mod request;
 mod sampling;
 
 pub use arena::{ArenaView, OutOfArena};
-pub use block_hash::{BlockHash, BlockHashChain, CacheScope, NumericsId};
+pub use block_hash::{BlockChanges, BlockHash, BlockHashChain, CacheScope, NumericsId};
 pub use budget::Budget;
 pub use id::{
     Attempt, BlockId, Epoch, Instance, ModelFingerprint, NodeId, ParseIdError, RequestId, Ticket, fill_random,

@@ -2,6 +2,7 @@
 //!
 //! All stand under `/baton/v1/{cluster}/`, save [`embedded_owner`], which belongs to a store and not to a cluster.
 
+pub mod blocks;
 mod common;
 pub mod embedded_owner;
 pub mod nodes;

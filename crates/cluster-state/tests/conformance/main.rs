@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backend;
+mod blocks;
 mod kv;
 mod lease;
 mod nodes;

@@ -4,24 +4,8 @@
 //! make the change. So changes that undo each other cost nothing to tell, the journal never outgrows the arena however
 //! seldom it is asked for, and noting allocates nothing: it happens within engine steps.
 
-use baton_types::{BlockHash, BlockId};
+use baton_types::{BlockChanges, BlockHash, BlockId};
 use std::collections::HashSet;
-
-/// The difference between what was told before and what is cached now. No hash is in both.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct CacheChanges {
-    /// Came.
-    pub stored: Vec<BlockHash>,
-    /// Left.
-    pub evicted: Vec<BlockHash>,
-}
-
-impl CacheChanges {
-    /// Nothing changed.
-    pub fn is_empty(&self) -> bool {
-        self.stored.is_empty() && self.evicted.is_empty()
-    }
-}
 
 #[derive(Debug)]
 pub(super) struct Journal {
@@ -48,8 +32,8 @@ impl Journal {
         }
     }
 
-    pub fn take(&mut self, identity: impl Fn(BlockId) -> Option<BlockHash>) -> CacheChanges {
-        let mut changes = CacheChanges::default();
+    pub fn take(&mut self, identity: impl Fn(BlockId) -> Option<BlockHash>) -> BlockChanges {
+        let mut changes = BlockChanges::default();
         for id in self.noted.drain(..) {
             self.is_noted[id.index()] = false;
             let now = identity(id);

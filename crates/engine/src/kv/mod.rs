@@ -16,6 +16,5 @@ mod model_test;
 
 pub use guards::{BlockTable, Quarantined, Reservation};
 pub use integrity::IntegrityFault;
-pub use journal::CacheChanges;
 pub use pool::BlockPool;
 pub use state::NoRoom;

@@ -2,9 +2,8 @@
 
 use super::guards::{BlockTable, Reservation};
 use super::integrity::{self, IntegrityFault};
-use super::journal::CacheChanges;
 use super::state::{Book, NoRoom, Place};
-use baton_types::{BlockCounts, BlockHash, BlockId};
+use baton_types::{BlockChanges, BlockCounts, BlockHash, BlockId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// All blocks of one arena. Each operation takes one short lock; none blocks for long.
@@ -78,7 +77,7 @@ impl BlockPool {
 
     /// What came into the prefix cache and what left it since the last call; from the start with the first one. Blocks in use
     /// by sequences count as cached. Costs time in proportion to the blocks that changed, under the pool's lock.
-    pub fn take_changes(&self) -> CacheChanges {
+    pub fn take_changes(&self) -> BlockChanges {
         let book = &mut *self.book();
         book.journal.take(|id| book.blocks[id.index()].identity)
     }
