@@ -32,4 +32,4 @@ pub use endpoint::{
 };
 pub use error::{ExpectError, NoRoom, StartError, TransferError};
 pub use identity::{Fallback, Identity, PathKind, Peer, WIRE_MAJOR};
-pub use options::EndpointOptions;
+pub use options::{EndpointOptions, default_connections};

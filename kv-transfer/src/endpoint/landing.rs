@@ -3,7 +3,7 @@
 use super::receiving::Receiving;
 use crate::PathKind;
 use crate::session::{ClaimTicket, Connection, Event};
-use crate::transport::{Claim, ExtentHeader, Landing, Reject, WriterConnection};
+use crate::transport::{Claim, Claims, ExtentHeader, Landing, Place, Reject, WriterConnection};
 use baton_types::{BlockId, Epoch};
 use std::sync::Arc;
 
@@ -45,6 +45,32 @@ impl Landing for GrantBook {
             offset,
             len,
         }))
+    }
+
+    fn claim_all(&self, from: &WriterConnection, headers: &[ExtentHeader]) -> Box<dyn Claims> {
+        let layer_bytes = self.receiving.geometry().layer_bytes();
+        let connection = self.connection(from);
+        let claimed = self.receiving.with(|machine, now| {
+            let claim = |header: &ExtentHeader| {
+                if header.len as usize != header.layers.len() * layer_bytes {
+                    return Err(Reject::OutsideGrant);
+                }
+                let ticket = machine.claim(now, connection, header.epoch, header.ordinal, &header.layers)?;
+                Ok(GrantedPart {
+                    place: Place {
+                        block: ticket.block(),
+                        offset: header.layers.start as usize * layer_bytes,
+                    },
+                    len: header.len,
+                    ticket: Some(ticket),
+                })
+            };
+            headers.iter().map(claim).collect()
+        });
+        Box::new(GrantClaims {
+            receiving: Arc::clone(&self.receiving),
+            claimed,
+        })
     }
 
     fn fenced(&self, from: &WriterConnection, epoch: Epoch) {
@@ -104,5 +130,63 @@ impl Drop for GrantClaim {
         if let Some(ticket) = self.ticket.take() {
             self.receiving.with(|machine, now| machine.release(now, &ticket));
         }
+    }
+}
+
+/// Claims of one frame: one look into the machine for all of them.
+struct GrantClaims {
+    receiving: Arc<Receiving>,
+    claimed: Vec<Result<GrantedPart, Reject>>,
+}
+
+struct GrantedPart {
+    place: Place,
+    len: u32,
+    /// Absent once the claim has ended.
+    ticket: Option<ClaimTicket>,
+}
+
+impl GrantClaims {
+    /// Ends every claim that lives: `whole` ones land, the others are torn.
+    fn end(&mut self, whole: &[bool]) -> Vec<Result<(), Reject>> {
+        let living = |claimed: &Result<GrantedPart, Reject>| matches!(claimed, Ok(part) if part.ticket.is_some());
+        if !self.claimed.iter().any(living) {
+            return Vec::new();
+        }
+        let claimed = &mut self.claimed;
+        self.receiving.with(|machine, now| {
+            let mut landed = Vec::with_capacity(whole.len());
+            for (index, part) in claimed.iter_mut().enumerate() {
+                let Ok(GrantedPart { len, ticket, .. }) = part else {
+                    continue;
+                };
+                let Some(ticket) = ticket.take() else { continue };
+                match whole.get(index) {
+                    Some(true) => landed.push(machine.land(now, ticket, u64::from(*len))),
+                    Some(false) | None => machine.release(now, &ticket),
+                }
+            }
+            landed
+        })
+    }
+}
+
+impl Claims for GrantClaims {
+    fn place(&self, index: usize) -> Result<Place, Reject> {
+        match self.claimed.get(index) {
+            Some(Ok(part)) => Ok(part.place),
+            Some(Err(reject)) => Err(*reject),
+            None => Err(Reject::OutsideGrant),
+        }
+    }
+
+    fn land(mut self: Box<Self>, whole: &[bool]) -> Vec<Result<(), Reject>> {
+        self.end(whole)
+    }
+}
+
+impl Drop for GrantClaims {
+    fn drop(&mut self) {
+        self.end(&[]);
     }
 }

@@ -36,7 +36,7 @@ const BATCH_BYTES_MIN: usize = 256 << 10;
 /// And at most so many extents.
 pub(super) const BATCH_EXTENTS: usize = 1024;
 /// Room is taken for a share of the bound at a time: each time wakes the writer.
-const ROOM_SHARES: usize = 4;
+const ROOM_SHARES: usize = 2;
 /// Writes of so many bytes are carried on the writer's thread where they can be.
 const INLINE_BYTES_MAX: usize = 256 << 10;
 /// What a batch takes of the bound at least, so that the number of queued batches is bounded too.

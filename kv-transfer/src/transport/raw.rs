@@ -117,6 +117,14 @@ impl Source {
         (self.start.as_ptr() as u64, self.destination)
     }
 
+    /// CRC32C of all of it.
+    pub(super) fn crc(&self) -> u32 {
+        let mut digest = Digest::new(CRC32C);
+        self.digest(&mut digest, 0, self.len());
+        // The algorithm's values have 32 bits.
+        digest.finalize() as u32
+    }
+
     /// Feeds `len` bytes from `from` on to a checksum.
     ///
     /// # Panics

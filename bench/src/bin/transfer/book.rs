@@ -1,6 +1,6 @@
 //! The target's book of grants: one epoch at a time, each part of it taken once.
 
-use baton_kv_transfer::transport::{Claim, ExtentHeader, Landing, Reject, WriterConnection};
+use baton_kv_transfer::transport::{Claim, Claims, ExtentHeader, Landing, Place, Reject, WriterConnection};
 use baton_types::{BlockId, Epoch, Instance, KvGeometry};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -26,6 +26,39 @@ impl Grant {
         let first = header.ordinal as usize * geometry.layers as usize;
         self.parts
             .get_mut(first + header.layers.start as usize..first + header.layers.end as usize)
+    }
+
+    fn claim(
+        &mut self,
+        geometry: &KvGeometry,
+        from: &WriterConnection,
+        header: &ExtentHeader,
+    ) -> Result<Place, Reject> {
+        if self.epoch != header.epoch {
+            return Err(Reject::DeadEpoch);
+        }
+        if self.writer != from.instance {
+            return Err(Reject::WrongWriter);
+        }
+        let block = *self.blocks.get(header.ordinal as usize).ok_or(Reject::OutsideGrant)?;
+        let parts = self.parts(geometry, header).ok_or(Reject::OutsideGrant)?;
+        if parts.iter().any(|part| *part != Part::Wanted) {
+            return Err(Reject::Duplicate);
+        }
+        parts.fill(Part::Arriving);
+        let offset = header.layers.start as usize * geometry.layer_bytes();
+        Ok(Place { block, offset })
+    }
+
+    fn land(&mut self, geometry: &KvGeometry, header: &ExtentHeader) -> Result<(), Reject> {
+        if self.epoch != header.epoch {
+            return Err(Reject::DeadEpoch);
+        }
+        self.parts(geometry, header)
+            .ok_or(Reject::OutsideGrant)?
+            .fill(Part::Arrived);
+        self.arrived += header.layers.len();
+        Ok(())
     }
 }
 
@@ -73,23 +106,24 @@ impl Book {
 impl Landing for Book {
     fn claim(&self, from: &WriterConnection, header: &ExtentHeader) -> Result<Box<dyn Claim>, Reject> {
         let mut grant = self.grant_now();
-        let grant = grant.as_mut().filter(|grant| grant.epoch == header.epoch);
-        let grant = grant.ok_or(Reject::DeadEpoch)?;
-        if grant.writer != from.instance {
-            return Err(Reject::WrongWriter);
-        }
-        let block = *grant.blocks.get(header.ordinal as usize).ok_or(Reject::OutsideGrant)?;
-        let parts = grant.parts(&self.geometry, header).ok_or(Reject::OutsideGrant)?;
-        if parts.iter().any(|part| *part != Part::Wanted) {
-            return Err(Reject::Duplicate);
-        }
-        parts.fill(Part::Arriving);
+        let grant = grant.as_mut().ok_or(Reject::DeadEpoch)?;
+        let place = grant.claim(&self.geometry, from, header)?;
         let book = self.this.upgrade().ok_or(Reject::DeadEpoch)?;
-        Ok(Box::new(BookClaim {
-            book,
-            header: header.clone(),
-            block,
-        }))
+        let header = header.clone();
+        Ok(Box::new(BookClaim { book, header, place }))
+    }
+
+    fn claim_all(&self, from: &WriterConnection, headers: &[ExtentHeader]) -> Box<dyn Claims> {
+        let mut grant = self.grant_now();
+        let claim = |header| match grant.as_mut() {
+            Some(grant) => grant.claim(&self.geometry, from, header),
+            None => Err(Reject::DeadEpoch),
+        };
+        Box::new(BookClaims {
+            book: self.this.clone(),
+            places: headers.iter().map(claim).collect(),
+            headers: headers.to_vec(),
+        })
     }
 
     fn fenced(&self, _from: &WriterConnection, _epoch: Epoch) {}
@@ -104,16 +138,16 @@ impl Landing for Book {
 struct BookClaim {
     book: Arc<Book>,
     header: ExtentHeader,
-    block: BlockId,
+    place: Place,
 }
 
 impl Claim for BookClaim {
     fn block(&self) -> BlockId {
-        self.block
+        self.place.block
     }
 
     fn offset(&self) -> usize {
-        self.header.layers.start as usize * self.book.geometry.layer_bytes()
+        self.place.offset
     }
 
     fn len(&self) -> usize {
@@ -122,12 +156,35 @@ impl Claim for BookClaim {
 
     fn land(self: Box<Self>) -> Result<(), Reject> {
         let mut grant = self.book.grant_now();
-        let grant = grant.as_mut().filter(|grant| grant.epoch == self.header.epoch);
-        let grant = grant.ok_or(Reject::DeadEpoch)?;
-        let parts = grant.parts(&self.book.geometry, &self.header);
-        let parts = parts.ok_or(Reject::OutsideGrant)?;
-        parts.fill(Part::Arrived);
-        grant.arrived += self.header.layers.len();
-        Ok(())
+        let grant = grant.as_mut().ok_or(Reject::DeadEpoch)?;
+        grant.land(&self.book.geometry, &self.header)
+    }
+}
+
+/// The claims of one frame.
+struct BookClaims {
+    book: Weak<Book>,
+    headers: Vec<ExtentHeader>,
+    places: Vec<Result<Place, Reject>>,
+}
+
+impl Claims for BookClaims {
+    fn place(&self, index: usize) -> Result<Place, Reject> {
+        self.places.get(index).copied().unwrap_or(Err(Reject::OutsideGrant))
+    }
+
+    fn land(self: Box<Self>, whole: &[bool]) -> Vec<Result<(), Reject>> {
+        let Some(book) = self.book.upgrade() else {
+            return Vec::new();
+        };
+        let mut grant = book.grant_now();
+        let claimed = self.headers.iter().zip(&self.places).zip(whole);
+        let landing = claimed.filter(|((_, place), whole)| place.is_ok() && **whole);
+        landing
+            .map(|((header, _), _)| match grant.as_mut() {
+                Some(grant) => grant.land(&book.geometry, header),
+                None => Err(Reject::DeadEpoch),
+            })
+            .collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Frames on their way into the socket: what is sent next, its checksums taken just before, and what is gone.
+//! Frames on their way into the socket: what is sent next, what is gone, and the checksums of that.
 
 use super::wire;
 use crate::PathKind;
@@ -10,9 +10,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// Bytes handed to one call: what is read for a checksum is still in the cache when the system copies it, and a call that
-/// the socket's buffer cuts short has not looked at many parts in vain.
-const GATHER_BYTES: usize = 256 << 10;
+/// Bytes handed to one call, far more than the socket's buffer takes: a call that stops before the buffer is full leaves the
+/// receiver waiting (256 KiB against 4 MiB: 2.0 against 3.2 GB/s in blocks of 4 KiB over loopback).
+const GATHER_BYTES: usize = 4 << 20;
+
+/// A frame with so few bytes of payload goes whole into one call, its checksums taken before.
+const SHORT_BYTES: usize = 64 << 10;
 
 /// One item with the head of its frame, and the trailer as far as it is known.
 struct Frame {
@@ -32,12 +35,18 @@ impl Frame {
                 wire::encode_extents(batch.epoch, headers, &mut head);
             }
         }
-        let crc = crc && matches!(item, LaneItem::Batch(_));
+        let mut trailer = Vec::new();
+        if let LaneItem::Batch(batch) = &item
+            && crc
+            && batch.bytes() <= SHORT_BYTES
+        {
+            trailer.extend(batch.extents.iter().flat_map(|source| source.crc().to_le_bytes()));
+        }
         Self {
+            crc: crc && matches!(item, LaneItem::Batch(_)),
             head,
             item,
-            trailer: Vec::new(),
-            crc,
+            trailer,
         }
     }
 
@@ -53,6 +62,24 @@ impl Frame {
         match &self.item {
             LaneItem::Batch(batch) => batch.extents.get(part.checked_sub(1)?),
             LaneItem::Fence(_) => None,
+        }
+    }
+
+    fn trailer_is_known(&self) -> bool {
+        self.trailer.len() == self.extents() * wire::CRC_BYTES
+    }
+
+    /// Takes into account that `len` bytes of a part from `from` on were sent; `ends`: its last ones.
+    fn digest(&mut self, part: usize, from: usize, len: usize, ends: bool, digest: &mut Digest) {
+        let wanted = self.crc && !self.trailer_is_known();
+        let Some(source) = self.source(part).filter(|_| wanted) else {
+            return;
+        };
+        source.digest(digest, from, len);
+        if ends {
+            // The algorithm's values have 32 bits.
+            let crc = digest.finalize_reset() as u32;
+            self.trailer.extend_from_slice(&crc.to_le_bytes());
         }
     }
 
@@ -88,8 +115,7 @@ pub(super) struct Outbox {
     /// Which part of the first frame is sent next, and how much of that is gone.
     part: usize,
     gone: usize,
-    /// Up to where its payloads were fed to the digest: that may be ahead of what is sent.
-    digested: (usize, usize),
+    /// Over what is gone of that part.
     digest: Digest,
     /// What the next call takes.
     pieces: Vec<Piece>,
@@ -102,7 +128,6 @@ impl Outbox {
             frames: VecDeque::new(),
             part: 0,
             gone: 0,
-            digested: (0, 0),
             digest: Digest::new(CRC32C),
             pieces: Vec::new(),
         }
@@ -141,49 +166,43 @@ impl Outbox {
         gather.send(socket)
     }
 
-    /// Chooses what one call takes, and feeds what is new of it to the digest.
+    /// Chooses what one call takes: the trailer only once all that it is about is gone.
     fn choose(&mut self) {
         self.pieces.clear();
-        let Some(frame) = self.frames.front_mut() else { return };
+        let Some(frame) = self.frames.front() else { return };
         let (mut part, mut from, mut room) = (self.part, self.gone, GATHER_BYTES);
-        while room > 0 && part < frame.parts() && self.pieces.len() < PARTS_MAX {
+        let parts = if frame.trailer_is_known() {
+            frame.parts()
+        } else {
+            1 + frame.extents()
+        };
+        while room > 0 && part < parts && self.pieces.len() < PARTS_MAX {
             let left = frame.part_bytes(part) - from;
             let len = room.min(left);
             self.pieces.push(Piece { part, from, len });
-            let to = (part, from + len);
-            if frame.crc
-                && self.digested < to
-                && let Some(source) = frame.source(part)
-            {
-                let start = if self.digested.0 == part { self.digested.1 } else { 0 };
-                source.digest(&mut self.digest, start, to.1 - start);
-                self.digested = to;
-                if len == left {
-                    let crc = self.digest.finalize_reset() as u32;
-                    frame.trailer.extend_from_slice(&crc.to_le_bytes());
-                }
-            }
             room -= len;
             part += 1;
             from = 0;
         }
     }
 
-    /// So many more bytes are gone. Gives the first frame's item where that is sent whole: to be asked again with zero.
+    /// So many more bytes are gone: they are in the cache now, so their checksum is taken now. Gives the first frame's item
+    /// where that is sent whole: to be asked again with zero.
     pub(super) fn sent(&mut self, bytes: &mut usize) -> Option<Sent> {
-        let frame = self.frames.front()?;
+        let frame = self.frames.front_mut()?;
         while self.part < frame.parts() {
-            let left = frame.part_bytes(self.part) - self.gone;
-            if *bytes < left {
-                self.gone += *bytes;
-                *bytes = 0;
+            let taken = (frame.part_bytes(self.part) - self.gone).min(*bytes);
+            let ends = self.gone + taken == frame.part_bytes(self.part);
+            frame.digest(self.part, self.gone, taken, ends, &mut self.digest);
+            *bytes -= taken;
+            self.gone += taken;
+            if !ends {
                 return None;
             }
-            *bytes -= left;
             self.part += 1;
             self.gone = 0;
         }
-        (self.part, self.digested) = (0, (0, 0));
+        self.part = 0;
         match self.frames.pop_front()?.item {
             LaneItem::Batch(batch) => {
                 metric::sent(PathKind::Tcp, batch.extents.len(), batch.bytes());

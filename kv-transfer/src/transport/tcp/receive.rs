@@ -24,8 +24,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes asked of one call: what came is still in the cache when its checksum is taken.
-const RECEIVE_BYTES: usize = 512 << 10;
+/// Bytes asked of one call. What comes is what the writer's socket buffers, so it is still in the cache when its checksum is
+/// taken.
+const RECEIVE_BYTES: usize = 4 << 20;
 /// Where rejected payloads go.
 const SCRATCH_BYTES: usize = 64 << 10;
 

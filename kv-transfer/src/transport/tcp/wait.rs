@@ -1,5 +1,6 @@
-//! How a connection's thread waits: it polls for some microseconds, because a wake-up costs about ten, and then sleeps until
-//! the socket or another thread has something for it. At rest it takes no CPU.
+//! How a connection's thread waits: it polls for some microseconds, because a wake-up costs about ten, and gives way meanwhile
+//! to others that want its core, for both ends may be there; then it sleeps until the socket or another thread has something
+//! for it. At rest it takes no CPU.
 
 use baton_node_runtime::{Clock, Moment};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -44,6 +45,8 @@ impl Spin {
     /// Nothing moved. False where it is time to sleep.
     pub(super) fn again(&mut self) -> bool {
         let begun = *self.begun.get_or_insert_with(|| self.clock.now());
+        // Whoever is waited for may want this core.
+        std::thread::yield_now();
         for _ in 0..PAUSES {
             std::hint::spin_loop();
         }
