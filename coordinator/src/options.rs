@@ -3,6 +3,7 @@
 use crate::StartError;
 use baton_cluster_state::{Credentials, InvalidAddress, StoreAddress, StoreOptions};
 use baton_node_runtime::{ProcessOptions, parse_bytes, parse_duration};
+use baton_scheduling::Policy;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -115,6 +116,26 @@ pub struct Options {
     /// Of these, requests that may wait for a place on a node
     #[arg(long, value_name = "COUNT", default_value_t = 1024, help_heading = "Requests")]
     pub queue: u32,
+    /// How nodes are chosen: predicted, least-loaded, round-robin or random-two
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value_t = Policy::Predicted,
+        help_heading = "Routing"
+    )]
+    pub routing_policy: Policy,
+    /// Refuse a request at once where its first token is predicted to come later than this after its arrival
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Routing")]
+    pub slo_ttft: Option<Duration>,
+    /// Hold a request back while one more sequence would make every decode node slower than this per token
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, help_heading = "Routing")]
+    pub slo_itl: Option<Duration>,
+    /// Block locations (one block on one node) that are indexed, at most 100 bytes each; more are counted and not used
+    #[arg(long, value_name = "COUNT", default_value_t = 2_000_000, help_heading = "Routing")]
+    pub index_locations_max: usize,
+    /// Requests whose routing `baton explain` can show; the oldest give way
+    #[arg(long, value_name = "COUNT", default_value_t = 4096, help_heading = "Routing")]
+    pub decisions_max: usize,
     /// How long running requests may take once the process is told to end
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "30s", help_heading = "Requests")]
     pub drain_timeout: Duration,
@@ -149,6 +170,9 @@ impl Options {
         duration("--default-timeout", self.default_timeout)?;
         duration("--timeout-max", self.timeout_max)?;
         duration("--body-timeout", self.body_timeout)?;
+        let bound = |bound: Option<Duration>| bound.is_none_or(|bound| !bound.is_zero());
+        check(bound(self.slo_ttft), "--slo-ttft", "0".to_owned(), "more than 0")?;
+        check(bound(self.slo_itl), "--slo-itl", "0".to_owned(), "more than 0")?;
         let within = self.default_timeout <= self.timeout_max;
         check(
             within,
@@ -201,6 +225,7 @@ mod tests {
         assert!(options.validate().is_ok());
         assert!(options.http_listen.ip().is_loopback() && options.grpc_listen.ip().is_loopback());
         assert_eq!(options.store, StoreChoice::Embedded);
+        assert_eq!(options.routing_policy, Policy::Predicted);
     }
 
     #[test]
@@ -209,6 +234,7 @@ mod tests {
         assert!(refused(&["--queue", "0"]).contains("--queue"));
         assert!(refused(&["--default-timeout", "2h"]).contains("--timeout-max"));
         assert!(refused(&["--heartbeat", "1ms"]).contains("--heartbeat"));
+        assert!(refused(&["--slo-ttft", "0s"]).contains("--slo-ttft"));
         assert!("etcd:/x".parse::<StoreChoice>().is_err());
         assert_eq!("etcd://a:1".parse::<StoreChoice>().unwrap().to_string(), "etcd://a:1");
     }

@@ -4,7 +4,7 @@
 //! hangs on the inner one, which ends when they are over or out of time.
 
 use crate::api::{grpc, http};
-use crate::driver::{Coordinator, CoordinatorOptions};
+use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
 use crate::membership::{Members, WatchOptions, watch};
 use crate::{Options, StartError, StoreChoice};
 use baton_cluster_state::embedded::EmbeddedStore;
@@ -13,7 +13,7 @@ use baton_node_runtime::{
     AdminServer, Announcement, CancellationToken, Clock, Metrics, Readiness, Supervisor, announce, bind, process,
     telemetry,
 };
-use baton_scheduling::AdmissionLimits;
+use baton_scheduling::{AdmissionLimits, BlockIndex, Slo};
 use baton_types::Instance;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -87,7 +87,8 @@ impl Service {
         let (store, embedded) = open_store(options, clock, &inner).await?;
         store.claim_coordinator(instance).await?;
 
-        let members = Members::new(clock, options.lease_ttl, options.inhibit);
+        let index = BlockIndex::new(options.index_locations_max);
+        let members = Members::new(clock, options.lease_ttl, options.inhibit, index);
         let (heartbeat, supervisor) = (options.heartbeat, inner.clone());
         let watched = (store.clone(), members.clone());
         watch(WatchOptions {
@@ -105,6 +106,14 @@ impl Service {
                 requests_max: options.requests_max,
                 queued_max: options.queue,
             },
+            routing: RoutingOptions {
+                policy: options.routing_policy,
+                slo: Slo {
+                    ttft: options.slo_ttft,
+                    itl: options.slo_itl,
+                },
+            },
+            decisions_max: options.decisions_max,
             timeout_default: options.default_timeout,
             timeout_max: options.timeout_max,
             clock,
@@ -278,6 +287,15 @@ fn describe_metrics() {
     metrics::describe_gauge!(
         "baton_coordinator_queued_requests",
         "Of these, those that wait for a place on a node"
+    );
+    metrics::describe_gauge!("baton_coordinator_indexed_blocks", "Block locations that routing knows");
+    metrics::describe_gauge!(
+        "baton_coordinator_index_bytes",
+        "Memory of the index of block locations"
+    );
+    metrics::describe_counter!(
+        "baton_coordinator_unindexed_blocks_total",
+        "Block locations left out because the index was full"
     );
     metrics::describe_histogram!("baton_coordinator_ttft_seconds", "Arrival to first token");
     metrics::describe_histogram!(

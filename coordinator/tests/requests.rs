@@ -341,3 +341,76 @@ async fn many_at_once_over_two_pairs() {
     assert_eq!(d0.opened() + d1.opened(), 60);
     cluster.idle().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_is_explained_with_what_was_weighed_and_what_came_of_it() {
+    let (cluster, _prefill, _decode) = Cluster::pair(&["--decisions-max=1"]).await;
+    let explain = async |request_id: &str| {
+        let request_id = request_id.to_owned();
+        let mut admin = cluster.admin.clone();
+        admin.explain(v1::ExplainRequest { request_id }).await
+    };
+    let mut ids = Vec::new();
+    for _ in 0..2 {
+        let mut stream = cluster.stream(request("hello", 3)).await.unwrap();
+        let first = stream.message().await.unwrap().unwrap();
+        let mut rest = Answer {
+            tokens: first.tokens,
+            ..Answer::default()
+        };
+        rest.read(&mut stream, usize::MAX).await.unwrap();
+        ids.push(first.request_id);
+    }
+    let known = explain(&ids[1]).await.unwrap().into_inner();
+    let [decision] = known.decisions.as_slice() else {
+        panic!("{known:?}");
+    };
+    assert_eq!(
+        (decision.decision.as_str(), decision.policy.as_str()),
+        ("place", "predicted")
+    );
+    assert_eq!(decision.context_tokens, 5);
+    let chosen = decision.candidates.iter().find(|candidate| candidate.chosen).unwrap();
+    assert_eq!(chosen.decode_node, "d0");
+    assert!(chosen.measured && chosen.room && chosen.itl_us > 0, "{chosen:?}");
+    assert_eq!(decision.candidates.len(), 2, "the pair, and the decode node alone");
+    let timeline = known.timeline.unwrap();
+    assert_eq!(
+        (known.outcome.as_str(), timeline.decode_node.as_str()),
+        ("length", "d0")
+    );
+    assert_eq!(explain(&ids[0]).await.unwrap_err().code(), Code::NotFound, "displaced");
+    assert_eq!(explain("nonsense").await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn round_robin_takes_turns_and_never_prefills_locally() {
+    let (cluster, first, _decode) = Cluster::pair(&["--routing-policy=round-robin"]).await;
+    let second = cluster.node("p1", NodeRole::Prefill);
+    cluster.ready(3).await;
+    for _ in 0..4 {
+        cluster.ask(request("hello", 2)).await.unwrap();
+    }
+    assert_eq!((first.opened(), second.opened()), (2, 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_would_be_late_is_refused_at_once_with_a_hint() {
+    let (cluster, prefill, _decode) = Cluster::pair(&["--slo-ttft=200ms", "--routing-policy=least-loaded"]).await;
+    // Nobody is refused for a guess; the first prompt teaches the node's speed.
+    cluster.ask(request("hello", 2)).await.unwrap();
+    prefill.load(|load| {
+        load.queued_requests = 1;
+        load.queued_tokens = 100_000_000;
+    });
+    until(|| async {
+        let nodes = cluster.status().await.nodes;
+        nodes
+            .iter()
+            .any(|node| node.load.as_ref().is_some_and(|load| load.queued_tokens > 0))
+    })
+    .await;
+    let refused = cluster.ask(request("hello", 2)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.metadata().contains_key("retry-after-ms"), "{refused:?}");
+}

@@ -1,6 +1,7 @@
 //! The front end that serves: lets requests in, checks them, and starts a task for each.
 
-use super::placement::Placer;
+use super::decisions::{Decisions, Explanation};
+use super::placement::{Placer, RoutingOptions};
 use super::prepare::{Bounds, Prepared, prepare, tokenize, unknown_model};
 use super::registry::{Entry, Registry};
 use super::task::{Job, Shared, code_label, run};
@@ -28,6 +29,9 @@ pub(crate) struct CoordinatorOptions {
     pub(crate) members: Members,
     pub(crate) instance: Instance,
     pub(crate) limits: AdmissionLimits,
+    pub(crate) routing: RoutingOptions,
+    /// Requests of which decisions are kept.
+    pub(crate) decisions_max: usize,
     pub(crate) timeout_default: Duration,
     pub(crate) timeout_max: Duration,
     pub(crate) clock: Clock,
@@ -57,16 +61,20 @@ impl Coordinator {
             members,
             instance,
             limits,
+            routing,
+            decisions_max,
             timeout_default,
             timeout_max,
             clock,
             supervisor,
         } = options;
-        let placer = Placer::new(members.clone(), clock);
+        let decisions = Decisions::new(decisions_max);
+        let placer = Placer::new(members.clone(), clock, routing, decisions.clone());
         Self(Arc::new(Inner {
             shared: Arc::new(Shared {
                 members,
                 placer,
+                decisions,
                 clock,
                 instance,
             }),
@@ -98,6 +106,11 @@ impl Coordinator {
     /// This process.
     pub(crate) fn instance(&self) -> Instance {
         self.0.shared.instance
+    }
+
+    /// Why a request was placed where it was, if that is still kept.
+    pub(crate) fn explain(&self, request_id: RequestId) -> Option<Explanation> {
+        self.0.shared.decisions.explain(request_id)
     }
 
     /// Lets no more requests in.

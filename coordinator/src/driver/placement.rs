@@ -1,12 +1,13 @@
 //! Finds nodes for requests. Those of one model that have never been placed wait in line, in the order of their coming;
 //! the first in line tries again whenever the load changes. A request whose nodes failed does not stand in line again.
 
+use super::decisions::{Choice, Decisions};
 use crate::core::Placement;
 use crate::membership::{Candidate, Claim, Members};
 use crate::{ApiCode, ApiError};
 use baton_node_runtime::{Clock, Moment};
-use baton_scheduling::{Decision, RefuseReason, RouteRequest, route};
-use baton_types::{Instance, NodeRole};
+use baton_scheduling::{Decision, Policy, RefuseReason, RouteRequest, Routed, Slo, route};
+use baton_types::{BlockHash, Instance, RequestId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,12 +16,26 @@ use std::time::Duration;
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub(super) struct PlaceRequest {
+    pub(super) request_id: RequestId,
+    pub(super) arrived: Moment,
     pub(super) model: String,
+    /// The context's full blocks, once for each arithmetic among the nodes; none while no node's blocks are known.
+    pub(super) chains: Vec<Vec<BlockHash>>,
     pub(super) context_tokens: u32,
     pub(super) excluded: Vec<Instance>,
     pub(super) keep_decode: Option<Instance>,
     /// It stood in line before.
     pub(super) again: bool,
+    /// The client has a token: no bound on times holds the request up, or ends it.
+    pub(super) begun: bool,
+}
+
+/// How nodes are chosen, for all requests alike.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RoutingOptions {
+    pub(crate) policy: Policy,
+    /// The bound on TTFT counts from a request's arrival.
+    pub(crate) slo: Slo,
 }
 
 /// Nodes with places that are held for the request.
@@ -42,10 +57,20 @@ impl Placed {
     }
 }
 
+/// Why one try gave no nodes.
+enum NotNow {
+    Held,
+    Refused(RefuseReason, Duration),
+}
+
 /// The lines. One per coordinator.
 pub(super) struct Placer {
     members: Members,
     clock: Clock,
+    routing: RoutingOptions,
+    decisions: Decisions,
+    /// Counts choices.
+    turn: AtomicU64,
     lines: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     queued: Arc<AtomicU32>,
     pace: Mutex<Pace>,
@@ -69,10 +94,13 @@ impl Drop for Waiting {
 }
 
 impl Placer {
-    pub(super) fn new(members: Members, clock: Clock) -> Self {
+    pub(super) fn new(members: Members, clock: Clock, routing: RoutingOptions, decisions: Decisions) -> Self {
         Self {
             members,
             clock,
+            routing,
+            decisions,
+            turn: AtomicU64::new(1),
             lines: Mutex::default(),
             queued: Arc::default(),
             pace: Mutex::default(),
@@ -113,13 +141,11 @@ impl Placer {
                     self.measure_pace(waited);
                     return Ok(placed);
                 }
-                Err((reason @ RefuseReason::QueuesFull { .. }, _)) => {
-                    tracing::debug!(model = request.model, %reason, "request waits for a place");
-                }
+                Err(NotNow::Held) => {}
                 // A node that failed elsewhere may be left alone just now; it is worth the moment.
-                Err((RefuseReason::NoDecodeNode, _))
+                Err(NotNow::Refused(RefuseReason::NoDecodeNode, _))
                     if self.members.next_release(&request.model).is_some() && !request.again => {}
-                Err((reason, retry_after)) => return Err(refusal(reason, retry_after)),
+                Err(NotNow::Refused(reason, retry_after)) => return Err(refusal(reason, retry_after)),
             }
             waited = true;
             let release = self.members.next_release(&request.model);
@@ -135,52 +161,78 @@ impl Placer {
         }
     }
 
-    fn try_place(&self, request: &PlaceRequest) -> Result<Placed, (RefuseReason, Duration)> {
-        let (prefill_views, prefill): (Vec<_>, Vec<_>) = self
-            .members
-            .candidates(&request.model, NodeRole::Prefill)
-            .into_iter()
-            .unzip();
-        let (decode_views, decode): (Vec<_>, Vec<_>) = self
-            .members
-            .candidates(&request.model, NodeRole::Decode)
-            .into_iter()
-            .unzip();
-        let asked = RouteRequest {
-            context_tokens: request.context_tokens,
-            excluded: &request.excluded,
-            keep_decode: request.keep_decode,
-        };
-        let hold = |from: &[Candidate], instance: Instance| {
-            let found = from
-                .iter()
-                .find(|candidate| candidate.node.instance == instance)
-                .cloned();
-            let candidate = found.expect("routing chooses among those it was given");
-            let claim = candidate.claim(u64::from(request.context_tokens));
-            (candidate, claim)
-        };
-        match route(&asked, &prefill_views, &decode_views) {
-            Decision::Pair {
-                prefill: p,
-                decode: d,
-                predicted,
-            } => {
-                tracing::trace!(?predicted, "placed on a pair");
-                Ok(Placed {
-                    prefill: Some(hold(&prefill, p)),
-                    decode: hold(&decode, d),
-                })
+    fn try_place(&self, request: &PlaceRequest) -> Result<Placed, NotNow> {
+        let waited = self.clock.elapsed(request.arrived);
+        let slo = if request.begun {
+            Slo::default()
+        } else {
+            let ttft = self.routing.slo.ttft.map(|ttft| ttft.saturating_sub(waited));
+            Slo {
+                ttft,
+                ..self.routing.slo
             }
-            Decision::Alone { decode: d, predicted } => {
-                tracing::trace!(?predicted, "placed alone");
-                Ok(Placed {
-                    prefill: None,
-                    decode: hold(&decode, d),
-                })
+        };
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let routed = self
+            .members
+            .route(&request.model, &request.chains, |handovers, prefill, decode| {
+                let asked = RouteRequest {
+                    context_tokens: request.context_tokens,
+                    excluded: &request.excluded,
+                    keep_decode: request.keep_decode,
+                    policy: self.routing.policy,
+                    slo,
+                    turn,
+                    handovers,
+                };
+                route(&asked, prefill, decode)
+            });
+        let decision = routed.decision.clone();
+        self.note(request, waited, routed);
+        match decision {
+            Decision::Place(chosen) => {
+                let hold = |instance, tokens: u32| {
+                    let candidate = self.members.candidate(instance)?;
+                    let claim = candidate.claim(tokens.into());
+                    Some((candidate, claim))
+                };
+                let alone = if chosen.prefill.is_none() {
+                    chosen.prefill_tokens
+                } else {
+                    0
+                };
+                let prefill = chosen.prefill.map(|instance| hold(instance, chosen.prefill_tokens));
+                match (prefill, hold(chosen.decode, alone)) {
+                    (None, Some(decode)) => Ok(Placed { prefill: None, decode }),
+                    (Some(Some(prefill)), Some(decode)) => Ok(Placed {
+                        prefill: Some(prefill),
+                        decode,
+                    }),
+                    // One left this very moment, which is a change that wakes whoever waits.
+                    _ => Err(NotNow::Held),
+                }
             }
-            Decision::Refuse { reason, retry_after } => Err((reason, retry_after)),
+            Decision::Hold { reason } => {
+                tracing::debug!(model = request.model, %reason, "request waits for a place");
+                Err(NotNow::Held)
+            }
+            Decision::Refuse { reason, retry_after } => Err(NotNow::Refused(reason, retry_after)),
         }
+    }
+
+    fn note(&self, request: &PlaceRequest, waited: Duration, routed: Routed) {
+        let nodes = routed
+            .candidates
+            .iter()
+            .flat_map(|c| c.prefill.into_iter().chain([c.decode]));
+        let choice = Choice {
+            at_us: u64::try_from(waited.as_micros()).unwrap_or(u64::MAX),
+            policy: self.routing.policy,
+            context_tokens: request.context_tokens,
+            names: self.members.names(nodes),
+            routed,
+        };
+        self.decisions.chosen(request.request_id, choice);
     }
 
     fn line(&self, model: &str) -> Arc<tokio::sync::Mutex<()>> {
@@ -208,7 +260,7 @@ impl Placer {
 fn refusal(reason: RefuseReason, retry_after: Duration) -> ApiError {
     match reason {
         RefuseReason::NoDecodeNode => ApiError::new(ApiCode::Unavailable, reason.to_string()).retry_after(retry_after),
-        RefuseReason::QueuesFull { .. } => {
+        RefuseReason::TooLate { .. } => {
             ApiError::new(ApiCode::ResourceExhausted, reason.to_string()).retry_after(retry_after)
         }
         RefuseReason::TooLarge { .. } => ApiError::invalid("prompt", format!("the prompt is too long: {reason}")),

@@ -1,6 +1,7 @@
 //! One request's task: it waits for whatever happens next, asks the core what follows, and does it. It owns the request's
 //! state, legs, claims and text; when it ends, all of them are gone.
 
+use super::decisions::Decisions;
 use super::legs;
 use super::placement::{PlaceRequest, Placed, Placer, Waiting};
 use super::prepare::Prepared;
@@ -29,6 +30,7 @@ const GRACE: Duration = Duration::from_millis(100);
 pub(super) struct Shared {
     pub(super) members: Members,
     pub(super) placer: Placer,
+    pub(super) decisions: Decisions,
     pub(super) clock: Clock,
     /// This coordinator.
     pub(super) instance: Instance,
@@ -49,6 +51,7 @@ pub(super) struct Job {
 
 struct DecodeLeg {
     leg: Leg,
+    instance: Instance,
     commands: mpsc::Sender<v1::DecodeCommand>,
     events: BoxStream<'static, DecodeEvent>,
     claim: Claim,
@@ -56,6 +59,11 @@ struct DecodeLeg {
 
 struct PrefillLeg {
     leg: Leg,
+    instance: Instance,
+    /// Where it hands over to.
+    decode: Instance,
+    /// Tokens that it had in its cache.
+    cached_tokens: u32,
     events: BoxStream<'static, PrefillEvent>,
     /// Until the first token is there.
     claim: Option<Claim>,
@@ -182,6 +190,11 @@ impl Task {
         if matches!(event, DecodeEvent::Committed { .. } | DecodeEvent::Tokens { .. }) {
             leg.claim.started();
         }
+        if let DecodeEvent::Tokens { local: Some(local), .. } = &event {
+            let took = Duration::from_micros(local.prefill_us);
+            let members = &self.shared.members;
+            members.prefilled(leg.instance, local.prefill_tokens, local.cached_tokens, took);
+        }
         Event::Decode(leg.leg, event)
     }
 
@@ -189,8 +202,19 @@ impl Task {
         let Some(leg) = &mut self.prefill else {
             return Event::GraceOver;
         };
-        if matches!(event, PrefillEvent::FirstToken(_)) {
-            leg.claim = None;
+        let members = &self.shared.members;
+        match &event {
+            PrefillEvent::Started { cached_tokens, .. } => leg.cached_tokens = *cached_tokens,
+            PrefillEvent::FirstToken(first) => {
+                leg.claim = None;
+                let took = Duration::from_micros(first.prefill_us);
+                members.prefilled(leg.instance, first.prefill_tokens, leg.cached_tokens, took);
+            }
+            PrefillEvent::HandedOver(handover) => {
+                let exposed = Duration::from_micros(handover.exposed_us);
+                members.handed_over(leg.instance, leg.decode, handover.bytes, exposed);
+            }
+            PrefillEvent::Failed(_) => {}
         }
         Event::Prefill(leg.leg, event)
     }
@@ -269,13 +293,21 @@ impl Task {
 
     fn place(&mut self, keep_decode: Option<Instance>) {
         (self.held_prefill, self.held_decode) = (None, None);
-        let context = self.job.prepared.prompt.len() + self.request.generated().len();
+        let generated = self.request.generated();
+        let context = self.job.prepared.prompt.len() + generated.len();
+        let model = self.job.model.card.name.clone();
+        let numerics = self.shared.members.numerics_with_known_blocks(&model);
+        let base = generated.len();
         let request = PlaceRequest {
-            model: self.job.model.card.name.clone(),
+            request_id: self.job.request_id,
+            arrived: self.job.arrived,
+            model,
+            chains: numerics.iter().map(|numerics| self.hashes(base, numerics)).collect(),
             context_tokens: u32::try_from(context).unwrap_or(u32::MAX),
             excluded: self.request.excluded().to_vec(),
             keep_decode,
             again: self.job.waiting.is_none(),
+            begun: base > 0,
         };
         let shared = Arc::clone(&self.shared);
         self.placing = Some(Box::pin(async move { shared.placer.place(request).await }));
@@ -298,9 +330,10 @@ impl Task {
             local_prefill,
             instance: candidate.node.instance.to_string(),
         };
-        let (commands, events) = legs::decode(candidate.channel, open);
+        let (commands, events) = legs::decode(candidate.channel.clone(), open);
         self.decode = Some(DecodeLeg {
             leg,
+            instance: candidate.node.instance,
             commands,
             events,
             claim,
@@ -313,6 +346,7 @@ impl Task {
             .take()
             .expect("nodes are opened only as placement chose them");
         self.held_decode = None;
+        let decode = peer.instance;
         let request = v1::PrefillRequest {
             work: Some(self.work(ticket, attempt, base, &candidate.numerics)),
             decode: Some(v1::TransferPeer {
@@ -325,6 +359,9 @@ impl Task {
         let events = legs::prefill(candidate.channel, request);
         self.prefill = Some(PrefillLeg {
             leg,
+            instance: candidate.node.instance,
+            decode,
+            cached_tokens: 0,
             events,
             claim: Some(claim),
         });
@@ -339,28 +376,34 @@ impl Task {
         let _ = open.commands.try_send(v1::DecodeCommand { command: Some(command) });
     }
 
-    fn work(&mut self, ticket: Ticket, attempt: Attempt, base: usize, numerics: &NumericsId) -> v1::Work {
-        let generated = self.request.generated()[..base].to_vec();
+    /// The identities of the full blocks of the prompt and of `base` tokens behind it, by this arithmetic.
+    fn hashes(&mut self, base: usize, numerics: &NumericsId) -> Vec<BlockHash> {
         let (prompt, tokens) = (&self.job.prepared.prompt, self.job.prepared.prompt.len() + base);
-        let known = self
-            .identity
-            .take()
-            .filter(|known| known.tokens == tokens && known.numerics == *numerics);
-        let identity = known.unwrap_or_else(|| {
-            let mut scope = self.job.model.card.cache_scope(&self.job.prepared.cache_salt);
-            scope.numerics = numerics.clone();
-            let block_tokens = self.job.model.card.block_tokens as usize;
-            let hashes = if base == 0 {
-                BlockHashChain::full_blocks(&scope, prompt, block_tokens)
-            } else {
-                BlockHashChain::full_blocks(&scope, &[prompt.as_slice(), &generated].concat(), block_tokens)
-            };
-            Identity {
-                numerics: numerics.clone(),
-                tokens,
-                hashes,
-            }
+        let known = self.identity.as_ref();
+        if let Some(known) = known.filter(|known| known.tokens == tokens && known.numerics == *numerics) {
+            return known.hashes.clone();
+        }
+        let mut scope = self.job.model.card.cache_scope(&self.job.prepared.cache_salt);
+        scope.numerics = numerics.clone();
+        let block_tokens = self.job.model.card.block_tokens as usize;
+        let hashes = if base == 0 {
+            BlockHashChain::full_blocks(&scope, prompt, block_tokens)
+        } else {
+            let all = [prompt.as_slice(), &self.request.generated()[..base]].concat();
+            BlockHashChain::full_blocks(&scope, &all, block_tokens)
+        };
+        self.identity = Some(Identity {
+            numerics: numerics.clone(),
+            tokens,
+            hashes: hashes.clone(),
         });
+        hashes
+    }
+
+    fn work(&mut self, ticket: Ticket, attempt: Attempt, base: usize, numerics: &NumericsId) -> v1::Work {
+        let block_hashes = self.hashes(base, numerics);
+        let generated = self.request.generated()[..base].to_vec();
+        let prompt = &self.job.prepared.prompt;
         let left = self.deadline.saturating_since(self.shared.clock.now());
         let work = Work {
             request_id: self.job.request_id,
@@ -369,13 +412,12 @@ impl Task {
             prompt: prompt.clone(),
             generated,
             sampling: self.job.prepared.sampling.clone(),
-            block_hashes: identity.hashes.clone(),
+            block_hashes,
             cache_salt: self.job.prepared.cache_salt.clone(),
             budget: Budget(left),
             coordinator: self.shared.instance,
             fingerprint: self.job.model.card.fingerprint,
         };
-        self.identity = Some(identity);
         work.into()
     }
 
@@ -425,6 +467,9 @@ impl Task {
                     cached_tokens: cached_tokens.min(prompt_tokens),
                 };
                 tracing::debug!(%request_id, ?reason, completion_tokens, elapsed_us, ?timeline, "request finished");
+                self.shared
+                    .decisions
+                    .ended(request_id, reason_label(reason), Some(&timeline));
                 (
                     reason_label(reason),
                     GenerationEvent::Finished(Finished {
@@ -436,6 +481,7 @@ impl Task {
             }
             Outcome::Failed(error) => {
                 tracing::debug!(%request_id, elapsed_us, %error, "request failed");
+                self.shared.decisions.ended(request_id, code_label(error.code), None);
                 (code_label(error.code), GenerationEvent::Failed(error))
             }
         };

@@ -8,9 +8,9 @@ use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::{Clock, Moment};
 use baton_proto::{convert, v1};
-use baton_scheduling::NodeView;
-use baton_types::{Instance, NodeId, NodeRole, NodeState};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use baton_scheduling::{BlockIndex, HandoverTimes, Held, NodeView, Routed};
+use baton_types::{BlockHash, Instance, NodeId, NodeRole, NodeState, NumericsId};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -18,6 +18,8 @@ use tokio::sync::watch;
 #[derive(Clone)]
 pub(crate) struct Members {
     roster: Arc<Mutex<Roster>>,
+    /// Which node holds which blocks. Not under the roster's lock: many blocks come at once.
+    index: Arc<RwLock<BlockIndex>>,
     changed: watch::Sender<u64>,
     clock: Clock,
     options: Options,
@@ -32,10 +34,12 @@ struct Options {
 }
 
 impl Members {
-    pub(crate) fn new(clock: Clock, grace: Duration, inhibit: Duration) -> Self {
+    /// `index` is filled by whoever learns where blocks are.
+    pub(crate) fn new(clock: Clock, grace: Duration, inhibit: Duration, index: BlockIndex) -> Self {
         let options = Options { grace, inhibit };
         Self {
-            roster: Arc::default(),
+            roster: Arc::new(Mutex::new(Roster::new())),
+            index: Arc::new(RwLock::new(index)),
             changed: watch::Sender::new(0),
             clock,
             options,
@@ -53,12 +57,15 @@ impl Members {
 
     fn change<T>(&self, change: impl FnOnce(&mut Roster, Moment) -> T) -> T {
         let now = self.clock.now();
-        let result = {
+        let (result, left) = {
             let mut state = self.lock();
             let result = change(&mut state, now);
             state.regroup();
-            result
+            (result, std::mem::take(&mut state.left))
         };
+        if !left.is_empty() {
+            self.index(|index| left.iter().for_each(|node| index.drop_node(*node)));
+        }
         self.changed.send_modify(|version| *version += 1);
         result
     }
@@ -77,7 +84,7 @@ impl Members {
             if matches!(member.heart, Heart::Beating { .. }) {
                 member.unlisted_since.get_or_insert(now);
             } else {
-                state.members.remove(node_id);
+                state.remove(node_id);
             }
         });
     }
@@ -110,8 +117,13 @@ impl Members {
                 .unlisted_since
                 .is_some_and(|since| now.saturating_since(since) > grace)
             {
-                state.members.remove(&node.id);
+                state.remove(&node.id);
                 return;
+            }
+            if let Some(load) = &heartbeat.load {
+                member
+                    .speed
+                    .reported(load.prefill_tokens_per_s, load.decode_step_us, load.running_requests);
             }
             let beat = Box::new(Beat::new(heartbeat.load.unwrap_or_default(), member.placed.figures()));
             let node_state = convert::node_state(&heartbeat.state).unwrap_or(NodeState::Starting);
@@ -132,7 +144,7 @@ impl Members {
         self.change(|state, now| {
             let Some(member) = state.member_mut(node) else { return };
             if member.unlisted_since.is_some() {
-                state.members.remove(&node.id);
+                state.remove(&node.id);
                 return;
             }
             if member.record.state == NodeState::Starting {
@@ -174,17 +186,109 @@ impl Members {
         });
     }
 
-    /// The nodes of one role that take work for a model, and routing's view of each.
-    pub(crate) fn candidates(&self, model: &str, role: NodeRole) -> Vec<(NodeView, Candidate)> {
-        let now = self.clock.now();
+    /// Changes which node holds which blocks.
+    pub(super) fn index(&self, change: impl FnOnce(&mut BlockIndex)) {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut index);
+        metrics::gauge!("baton_coordinator_indexed_blocks").set(index.locations() as f64);
+        metrics::gauge!("baton_coordinator_index_bytes").set(index.bytes() as f64);
+        metrics::counter!("baton_coordinator_unindexed_blocks_total").absolute(index.refused());
+    }
+
+    fn held(&self, chains: &[Vec<BlockHash>]) -> Held {
+        let mut held = Held::default();
+        if !chains.is_empty() {
+            let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+            chains.iter().for_each(|chain| held.join(index.held(chain)));
+        }
+        held
+    }
+
+    /// Chooses among the nodes that take work for a model: `choose` gets the hand-over times, the prefill and the decode
+    /// nodes. `chains` are the context's blocks, once for each arithmetic.
+    pub(crate) fn route(
+        &self,
+        model: &str,
+        chains: &[Vec<BlockHash>],
+        choose: impl FnOnce(&HandoverTimes, &[NodeView], &[NodeView]) -> Routed,
+    ) -> Routed {
+        let (now, held) = (self.clock.now(), self.held(chains));
         let state = self.lock();
-        let usable = state
-            .members
-            .values()
-            .filter(|member| member.record.model == model && member.record.role == role && member.is_usable(now));
-        usable
-            .filter_map(|member| Some((member.view()?, member.candidate(&self.changed))))
+        let usable = || {
+            let members = state.members.values();
+            members.filter(|member| member.record.model == model && member.is_usable(now))
+        };
+        let measured = usable()
+            .map(|member| member.speed.times())
+            .find(|times| times.prefill_is_measured());
+        let views = |role| -> Vec<NodeView> {
+            let members = usable().filter(|member| member.record.role == role);
+            let views = members.filter_map(|member| {
+                let view = member.view()?;
+                Some(NodeView {
+                    held_tokens: held.blocks(view.instance).saturating_mul(view.block_tokens),
+                    times: measured.map_or(view.times, |measured| view.times.or_prefill_of(&measured)),
+                    ..view
+                })
+            });
+            views.collect()
+        };
+        choose(&state.handovers, &views(NodeRole::Prefill), &views(NodeRole::Decode))
+    }
+
+    /// A node that takes work, to place a request on it.
+    pub(crate) fn candidate(&self, instance: Instance) -> Option<Candidate> {
+        let mut state = self.lock();
+        state.member_of(instance).map(|member| member.candidate(&self.changed))
+    }
+
+    /// The names of these processes, as far as they are members.
+    pub(crate) fn names(&self, instances: impl Iterator<Item = Instance>) -> Vec<(Instance, NodeId)> {
+        let mut instances: Vec<Instance> = instances.collect();
+        instances.sort_unstable();
+        instances.dedup();
+        let state = self.lock();
+        let members = state.members.values().map(|member| &member.record);
+        members
+            .filter(|record| instances.binary_search(&record.instance).is_ok())
+            .map(|record| (record.instance, record.node_id.clone()))
             .collect()
+    }
+
+    /// The kinds of arithmetic among a model's nodes; none while no node's blocks are known.
+    pub(crate) fn numerics_with_known_blocks(&self, model: &str) -> Vec<NumericsId> {
+        let locations = {
+            let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+            index.locations()
+        };
+        let mut numerics: Vec<NumericsId> = Vec::new();
+        if locations > 0 {
+            let state = self.lock();
+            for member in state.members.values().filter(|member| member.record.model == model) {
+                if !numerics.contains(&member.record.numerics) {
+                    numerics.push(member.record.numerics.clone());
+                }
+            }
+        }
+        numerics
+    }
+
+    /// A node has computed a prompt: `tokens` of it, behind `held` that it had.
+    pub(crate) fn prefilled(&self, instance: Instance, tokens: u32, held: u32, took: Duration) {
+        if let Some(member) = self.lock().member_of(instance) {
+            member.speed.prefilled(tokens, held, took);
+        }
+    }
+
+    /// A hand-over was committed, and compute did not hide `exposed` of it.
+    pub(crate) fn handed_over(&self, from: Instance, to: Instance, bytes: u64, exposed: Duration) {
+        let mut state = self.lock();
+        let Some(geometry) = state.member_of(from).map(|member| member.record.geometry) else {
+            return;
+        };
+        let tokens = bytes / (geometry.token_bytes() as u64).max(1);
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        state.handovers.handed_over(from, to, tokens, exposed);
     }
 
     /// When the next decode node of a model comes back from being left alone, if any will.

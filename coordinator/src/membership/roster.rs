@@ -9,19 +9,24 @@ use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::{CancellationToken, Moment};
 use baton_proto::v1;
-use baton_scheduling::NodeView;
-use baton_types::{KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
+use baton_scheduling::{HandoverTimes, NodeView, StepModel};
+use baton_types::{Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+/// Pairs of nodes whose hand-overs are told apart. At most 300 bytes each.
+const PAIRS_MAX: usize = 65_536;
+
 /// All members and models.
-#[derive(Default)]
 pub(super) struct Roster {
     pub(super) members: BTreeMap<NodeId, Member>,
     pub(super) models: HashMap<String, ModelEntry>,
+    pub(super) handovers: HandoverTimes,
+    /// Processes that left since somebody looked.
+    pub(super) left: Vec<Instance>,
     arrivals: u64,
 }
 
@@ -31,6 +36,8 @@ pub(super) struct Member {
     pub(super) channel: Channel,
     pub(super) heart: Heart,
     pub(super) placed: Arc<Placed>,
+    /// How fast it was so far.
+    pub(super) speed: StepModel,
     /// Order of coming: the eldest sets what a model is.
     arrival: u64,
     pub(super) inhibited_until: Option<Moment>,
@@ -110,6 +117,33 @@ pub(super) struct NewMember {
 }
 
 impl Roster {
+    pub(super) fn new() -> Self {
+        Self {
+            members: BTreeMap::new(),
+            models: HashMap::new(),
+            handovers: HandoverTimes::new(PAIRS_MAX),
+            left: Vec::new(),
+            arrivals: 0,
+        }
+    }
+
+    pub(super) fn remove(&mut self, node_id: &NodeId) {
+        if let Some(member) = self.members.remove(node_id) {
+            self.forget(member.record.instance);
+        }
+    }
+
+    fn forget(&mut self, instance: Instance) {
+        self.handovers.forget(instance);
+        self.left.push(instance);
+    }
+
+    pub(super) fn member_of(&mut self, instance: Instance) -> Option<&mut Member> {
+        self.members
+            .values_mut()
+            .find(|member| member.record.instance == instance)
+    }
+
     /// The longest context that a decode node which takes work has room for; `None` where there is no such node.
     pub(super) fn context_tokens(&self, model: &str) -> Option<u32> {
         let members = self.members.values().filter(|member| member.record.model == model);
@@ -157,6 +191,7 @@ impl Roster {
             channel,
             heart: Heart::Connecting,
             placed: Arc::default(),
+            speed: StepModel::default(),
             arrival: self.arrivals,
             inhibited_until: None,
             full: false,
@@ -166,7 +201,9 @@ impl Roster {
             cancel,
             record,
         };
-        self.members.insert(member.record.node_id.clone(), member);
+        if let Some(before) = self.members.insert(member.record.node_id.clone(), member) {
+            self.forget(before.record.instance);
+        }
         Some(new)
     }
 
@@ -269,8 +306,7 @@ impl Member {
             queue_capacity: capacity,
             queued_tokens: estimate.queued_tokens,
             running_requests: estimate.running_requests,
-            prefill_tokens_per_s: beat.load.prefill_tokens_per_s,
-            decode_step_us: beat.load.decode_step_us,
+            times: self.speed.times(),
             blocks: estimate.blocks,
             block_tokens: self.record.geometry.block_tokens,
             held_tokens: 0,

@@ -6,8 +6,11 @@ use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::Clock;
 use baton_proto::v1;
+use baton_scheduling::{BlockIndex, Decision, NodeView, RefuseReason, Routed};
 use baton_text::{EngineFacts, ModelCard};
-use baton_types::{Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
+use baton_types::{
+    BlockHash, Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId,
+};
 use std::time::Duration;
 
 const GRACE: Duration = Duration::from_secs(10);
@@ -81,7 +84,7 @@ fn beat(members: &Members, name: &str, instance: u64, state: &str) {
 }
 
 fn members() -> Members {
-    Members::new(Clock::new(), GRACE, INHIBIT)
+    Members::new(Clock::new(), GRACE, INHIBIT, BlockIndex::new(100))
 }
 
 /// Of a node that has joined and beats.
@@ -96,9 +99,25 @@ fn state_of(members: &Members, name: &str) -> Option<&'static str> {
 }
 
 fn usable(members: &Members) -> Vec<String> {
-    let roles = [NodeRole::Prefill, NodeRole::Decode];
-    let all = roles.into_iter().flat_map(|role| members.candidates("m", role));
-    all.map(|(_, candidate)| candidate.node.id.to_string()).collect()
+    let views = views(members, &[]);
+    let candidates = views.iter().filter_map(|view| members.candidate(view.instance));
+    candidates.map(|candidate| candidate.node.id.to_string()).collect()
+}
+
+/// What routing is told of each node, prefill nodes first.
+fn views(members: &Members, chains: &[Vec<BlockHash>]) -> Vec<NodeView> {
+    let mut all = Vec::new();
+    members.route("m", chains, |_, prefill, decode| {
+        all = [prefill, decode].concat();
+        Routed {
+            decision: Decision::Refuse {
+                reason: RefuseReason::NoDecodeNode,
+                retry_after: Duration::ZERO,
+            },
+            candidates: Vec::new(),
+        }
+    });
+    all
 }
 
 #[tokio::test(start_paused = true)]
@@ -215,10 +234,38 @@ async fn a_node_that_failed_is_left_alone_for_a_moment() {
     // One without a place is full until it speaks again.
     members.full(&node("d", 1));
     let full = |members: &Members| {
-        let (view, _) = members.candidates("m", NodeRole::Decode).remove(0);
+        let view = views(members, &[]).remove(0);
         view.queued_requests >= view.queue_capacity
     };
     assert!(full(&members));
     beat(&members, "d", 1, "ready");
     assert!(!full(&members));
+}
+
+#[tokio::test(start_paused = true)]
+async fn routing_is_told_what_nodes_hold_and_how_fast_they_were() {
+    let members = members();
+    join(&members, "d", 1, 1);
+    join(&members, "p", 2, 1);
+    assert!(members.numerics_with_known_blocks("m").is_empty());
+    let chain: Vec<BlockHash> = (0..4).map(|byte| BlockHash([byte; 16])).collect();
+    members.index(|index| index.add(Instance(2), &chain[..3]));
+    assert_eq!(members.numerics_with_known_blocks("m"), [NumericsId("test".into())]);
+    let told = |members: &Members| views(members, std::slice::from_ref(&chain));
+    let held: Vec<u32> = told(&members).iter().map(|view| view.held_tokens).collect();
+    assert_eq!(held, [48, 0]);
+    assert!(!told(&members)[1].times.prefill_is_measured());
+    members.prefilled(Instance(2), 100, 0, Duration::from_millis(1));
+    let times: Vec<_> = told(&members).iter().map(|view| view.times).collect();
+    assert!(times[0].prefill_is_measured());
+    assert_eq!(
+        times[1].or_prefill_of(&times[0]),
+        times[1],
+        "the other's figures stand in"
+    );
+    // What it held and how fast it was goes with the process.
+    assert!(members.put(record("p", 3, 1)).is_some());
+    beat(&members, "p", 3, "ready");
+    assert_eq!(told(&members)[0].held_tokens, 0);
+    assert!(members.numerics_with_known_blocks("m").is_empty());
 }

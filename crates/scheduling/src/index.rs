@@ -10,7 +10,8 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
-/// A published block hash is the end of a BLAKE3 digest: eight of its bytes are as good a hash as any.
+/// A published block hash is the end of a BLAKE3 digest, an instance is drawn at random: eight of their bytes are as good a
+/// hash as any.
 #[derive(Default)]
 struct Digest(u64);
 
@@ -51,6 +52,30 @@ enum Holders {
 struct Holding {
     instance: Instance,
     blocks: HashSet<BlockHash, Digests>,
+}
+
+/// For each node that holds the beginning of a chain, how many blocks it holds without a gap.
+#[derive(Debug, Clone, Default)]
+pub struct Held(HashMap<Instance, u32, Digests>);
+
+impl Held {
+    /// Blocks that a node holds; 0 where it does not hold the first.
+    pub fn blocks(&self, node: Instance) -> u32 {
+        self.0.get(&node).copied().unwrap_or(0)
+    }
+
+    /// Nodes that hold at least the first.
+    pub fn nodes(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The same tokens may have another chain, where nodes differ in their arithmetic: the longer one counts.
+    pub fn join(&mut self, other: Self) {
+        for (node, blocks) in other.0 {
+            let known = self.0.entry(node).or_default();
+            *known = blocks.max(*known);
+        }
+    }
 }
 
 /// The index. Its memory is bounded by `limit`.
@@ -139,16 +164,20 @@ impl BlockIndex {
         self.free_nodes.push(slot);
     }
 
-    /// The nodes that hold the beginning of `chain`, each with how many blocks it holds without a gap: `chain[..blocks]`.
-    /// `out` is emptied first; nodes that do not hold `chain[0]` are not in it. In no particular order.
-    pub fn held(&self, chain: &[BlockHash], out: &mut Vec<(Instance, u32)>) {
-        out.clear();
+    /// Which nodes hold the beginning of `chain`, and how much of it.
+    pub fn held(&self, chain: &[BlockHash]) -> Held {
+        let mut out = Held::default();
+        self.walk(chain, &mut out);
+        out
+    }
+
+    fn walk(&self, chain: &[BlockHash], out: &mut Held) {
         let mut alive = Alive::List(Vec::new());
         for (index, hash) in chain.iter().enumerate() {
             let holders = self.blocks.get(hash).copied();
             let mut leaves = |slot: Slot| {
                 if let Some(holding) = self.nodes[slot as usize].as_ref() {
-                    out.push((holding.instance, u32::try_from(index).unwrap_or(u32::MAX)));
+                    out.0.insert(holding.instance, u32::try_from(index).unwrap_or(u32::MAX));
                 }
             };
             match (holders, index) {
@@ -170,7 +199,8 @@ impl BlockIndex {
         }
         alive.each(|slot| {
             if let Some(holding) = self.nodes[slot as usize].as_ref() {
-                out.push((holding.instance, u32::try_from(chain.len()).unwrap_or(u32::MAX)));
+                out.0
+                    .insert(holding.instance, u32::try_from(chain.len()).unwrap_or(u32::MAX));
             }
         });
     }
@@ -428,9 +458,12 @@ mod tests {
     }
 
     fn held(index: &BlockIndex, chain: &[BlockHash]) -> Vec<(u64, u32)> {
-        let mut out = vec![(Instance(99), 9)];
-        index.held(chain, &mut out);
-        let mut out: Vec<_> = out.into_iter().map(|(node, blocks)| (node.0, blocks)).collect();
+        let mut out: Vec<_> = index
+            .held(chain)
+            .0
+            .into_iter()
+            .map(|(node, blocks)| (node.0, blocks))
+            .collect();
         out.sort_unstable();
         out
     }
@@ -444,6 +477,10 @@ mod tests {
         assert_eq!(held(&index, &hashes(0..5)), [(1, 5), (2, 2)]);
         assert_eq!(held(&index, &hashes(0..9)), [(1, 5), (2, 2)]);
         assert_eq!(held(&index, &hashes(0..1)), [(1, 1), (2, 1)]);
+        let mut both = index.held(&hashes([3]));
+        both.join(index.held(&hashes(0..4)));
+        let blocks = [1, 2, 3, 4].map(|node| both.blocks(Instance(node)));
+        assert_eq!((blocks, both.nodes()), ([4, 2, 1, 0], 3));
         assert_eq!(held(&index, &hashes(9..12)), []);
         assert_eq!(held(&index, &[]), []);
         index.remove(Instance(1), &hashes([2, 77]));

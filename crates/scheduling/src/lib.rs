@@ -5,9 +5,15 @@
 
 mod admission;
 mod index;
+mod regression;
 mod route;
 pub mod step;
+mod times;
 
 pub use admission::{Admission, AdmissionLimits, AdmissionLoad, Refusal, admit};
-pub use index::BlockIndex;
-pub use route::{Decision, NodeView, Prediction, RefuseReason, RouteRequest, route};
+pub use index::{BlockIndex, Held};
+pub use route::{
+    CANDIDATES_MAX, Candidate, Decision, HORIZON_TOKENS, HoldReason, NodeView, PROBE_TURNS, Policy, Prediction,
+    RefuseReason, RouteRequest, Routed, Slo, route,
+};
+pub use times::{HandoverTimes, StepModel, StepTimes};

@@ -843,6 +843,82 @@ pub mod inference_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExplainRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExplainResponse {
+    /// In order; consecutive ones that held the request back are one.
+    #[prost(message, repeated, tag = "1")]
+    pub decisions: ::prost::alloc::vec::Vec<RoutingDecision>,
+    /// stop, length, cancelled, or the error's code; empty while the request runs.
+    #[prost(string, tag = "2")]
+    pub outcome: ::prost::alloc::string::String,
+    /// What really happened; absent while the request runs, and where it failed.
+    #[prost(message, optional, tag = "3")]
+    pub timeline: ::core::option::Option<Timeline>,
+}
+/// One choice of nodes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RoutingDecision {
+    /// Since the request's arrival, microseconds.
+    #[prost(uint64, tag = "1")]
+    pub at_us: u64,
+    /// predicted, least-loaded, round-robin, random-two
+    #[prost(string, tag = "2")]
+    pub policy: ::prost::alloc::string::String,
+    /// Tokens whose KV was needed: the prompt, and what was generated before a fault.
+    #[prost(uint32, tag = "3")]
+    pub context_tokens: u32,
+    /// place, hold, refuse
+    #[prost(string, tag = "4")]
+    pub decision: ::prost::alloc::string::String,
+    /// Why it was held or refused.
+    #[prost(string, tag = "5")]
+    pub reason: ::prost::alloc::string::String,
+    /// What was weighed, the cheapest first; not all of them.
+    #[prost(message, repeated, tag = "6")]
+    pub candidates: ::prost::alloc::vec::Vec<RoutingCandidate>,
+}
+/// Nodes that could have served a request, and what that was predicted to be like.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RoutingCandidate {
+    /// Empty: the decode node prefills.
+    #[prost(string, tag = "1")]
+    pub prefill_node: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub decode_node: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub chosen: bool,
+    /// Tokens that the node which prefills would compute.
+    #[prost(uint32, tag = "4")]
+    pub prefill_tokens: u32,
+    /// Tokens whose KV would be handed over.
+    #[prost(uint32, tag = "5")]
+    pub handover_tokens: u32,
+    /// The decode node had free blocks for all of it.
+    #[prost(bool, tag = "6")]
+    pub room: bool,
+    /// False: no prompt of the node that prefills was seen yet, its times are a guess.
+    #[prost(bool, tag = "7")]
+    pub measured: bool,
+    /// Wait before the prefill, microseconds.
+    #[prost(uint64, tag = "8")]
+    pub queue_us: u64,
+    #[prost(uint64, tag = "9")]
+    pub prefill_us: u64,
+    /// Hand-over time that compute does not hide, microseconds.
+    #[prost(uint64, tag = "10")]
+    pub handover_us: u64,
+    /// A step of the decode node with this sequence in it, microseconds.
+    #[prost(uint64, tag = "11")]
+    pub itl_us: u64,
+    /// By which the choice was made, seconds.
+    #[prost(double, tag = "12")]
+    pub cost_s: f64,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClusterStatusRequest {}
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1139,6 +1215,28 @@ pub mod admin_client {
             req.extensions_mut().insert(GrpcMethod::new("baton.v1.Admin", "Drain"));
             self.inner.unary(req, path, codec).await
         }
+        /// Why a request was placed where it was, and what came of it. The last few thousand requests are kept; NOT_FOUND beyond.
+        pub async fn explain(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExplainRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExplainResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/baton.v1.Admin/Explain");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("baton.v1.Admin", "Explain"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1166,6 +1264,11 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::DrainRequest>,
         ) -> std::result::Result<tonic::Response<super::DrainResponse>, tonic::Status>;
+        /// Why a request was placed where it was, and what came of it. The last few thousand requests are kept; NOT_FOUND beyond.
+        async fn explain(
+            &self,
+            request: tonic::Request<super::ExplainRequest>,
+        ) -> std::result::Result<tonic::Response<super::ExplainResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct AdminServer<T> {
@@ -1316,6 +1419,49 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DrainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/baton.v1.Admin/Explain" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExplainSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::ExplainRequest>
+                    for ExplainSvc<T> {
+                        type Response = super::ExplainResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ExplainRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::explain(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExplainSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

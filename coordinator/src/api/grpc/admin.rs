@@ -1,11 +1,13 @@
 //! `baton.v1.Admin`: what the cluster looks like from here, and draining of a node.
 
 use super::convert::status;
+use super::explain::explanation;
 use crate::driver::Coordinator;
 use crate::membership::MemberStatus;
 use crate::{ApiCode, ApiError};
 use baton_cluster_state::Store;
 use baton_node_runtime::{Supervisor, process};
+use baton_proto::convert::parse_id;
 use baton_proto::v1;
 use baton_proto::v1::admin_server::Admin;
 use baton_proto::v1::node_client::NodeClient;
@@ -73,6 +75,19 @@ impl Admin for AdminService {
             }));
         };
         NodeClient::new(node.channel.clone()).drain(request).await
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
+        let request_id = parse_id("request_id", &request.into_inner().request_id)
+            .map_err(|error| status(ApiError::invalid("request_id", error.to_string())))?;
+        let known = self.coordinator.explain(request_id).ok_or_else(|| {
+            let message = format!("request_id: nothing is kept of request {request_id}");
+            status(ApiError {
+                field: Some("request_id".into()),
+                ..ApiError::new(ApiCode::NotFound, message)
+            })
+        })?;
+        Ok(Response::new(explanation(known)))
     }
 }
 

@@ -115,7 +115,8 @@ pub(super) fn finished(request_id: &str, finished: Finished) -> v1::GenerateResp
     }
 }
 
-fn timeline(timeline: Timeline) -> v1::Timeline {
+/// Figures of a request that ended as a message.
+pub(super) fn timeline(timeline: Timeline) -> v1::Timeline {
     v1::Timeline {
         queue_us: timeline.queue_us,
         prefill_us: timeline.prefill_us,

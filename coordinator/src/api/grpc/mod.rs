@@ -3,6 +3,7 @@
 
 mod admin;
 mod convert;
+mod explain;
 mod health;
 mod inference;
 mod server;
