@@ -1,6 +1,6 @@
 //! The command line as a whole: which subcommands there are, and the runtime that each runs on.
 
-use super::{chat, coordinator, demo, drain, model, node, status, up};
+use super::{chat, coordinator, demo, drain, explain, model, node, status, up};
 use anyhow::{Context, Result};
 use std::future::Future;
 use std::process::ExitCode;
@@ -31,6 +31,8 @@ enum Command {
     Chat(chat::Chat),
     /// Shows the nodes of a running cluster
     Status(status::Status),
+    /// Shows why a request was placed where it was
+    Explain(explain::Explain),
     /// Asks a node to leave once its requests are done
     Drain(drain::Drain),
     /// Fetches models
@@ -52,6 +54,7 @@ impl Baton {
             Command::Up(up) => block_on(up.run()),
             Command::Chat(chat) => block_on(chat.run()),
             Command::Status(status) => block_on(status.run()),
+            Command::Explain(explain) => block_on(explain.run()),
             Command::Drain(drain) => block_on(drain.run()),
             Command::Model(model) => block_on(model.run()),
             Command::Node(node) => block_on(node.run()),
@@ -88,7 +91,17 @@ mod tests {
 
     #[test]
     fn every_command_explains_itself() {
-        for name in ["demo", "up", "chat", "status", "drain", "model", "node", "coordinator"] {
+        for name in [
+            "demo",
+            "up",
+            "chat",
+            "status",
+            "explain",
+            "drain",
+            "model",
+            "node",
+            "coordinator",
+        ] {
             let help = refused(&["baton", name, "--help"]);
             assert!(help.contains("Usage: baton"), "{name}: {help}");
         }

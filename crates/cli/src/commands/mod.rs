@@ -5,6 +5,7 @@ mod command_line;
 mod coordinator;
 mod demo;
 mod drain;
+mod explain;
 mod model;
 mod node;
 mod signals;
