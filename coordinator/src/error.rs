@@ -1,5 +1,6 @@
 //! What keeps a coordinator from coming up, or ends it.
 
+use crate::TenantsError;
 use baton_cluster_state::{ClaimError, StoreError};
 use baton_node_runtime::telemetry::TelemetryError;
 use baton_node_runtime::{AdminError, BindError};
@@ -40,6 +41,9 @@ pub enum StartError {
     /// The store belongs to another coordinator.
     #[error(transparent)]
     Claim(#[from] ClaimError),
+    /// The tenants file.
+    #[error("--tenants: {0}")]
+    Tenants(#[from] TenantsError),
     /// The gRPC reflection service could not be made.
     #[error("gRPC reflection: {reason}")]
     Reflection {
@@ -69,6 +73,7 @@ impl StartError {
             Self::Option { .. }
             | Self::Telemetry(_)
             | Self::Socket { .. }
+            | Self::Tenants(_)
             | Self::Reflection { .. }
             | Self::Fatal { .. } => false,
         }

@@ -67,6 +67,27 @@ pub struct GenerateInput {
     pub timeout: Option<Duration>,
     /// Cached blocks are shared among requests of equal salt only. At most 256 bytes.
     pub cache_salt: String,
+    /// As the client showed it.
+    pub api_key: Option<ApiKey>,
+}
+
+/// A client's key. It is never logged.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiKey(pub String);
+
+impl ApiKey {
+    /// The key in an `authorization` header: `Bearer KEY`, the scheme in any case.
+    pub fn bearer(header: &str) -> Option<Self> {
+        let (scheme, key) = header.split_once(' ')?;
+        let is_bearer = scheme.eq_ignore_ascii_case("bearer");
+        is_bearer.then(|| Self(key.trim().to_owned()))
+    }
+}
+
+impl std::fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ApiKey(..)")
+    }
 }
 
 /// A request that runs. Dropping it cancels.
@@ -225,6 +246,8 @@ pub struct ModelInfo {
 pub enum ApiCode {
     /// The request is at fault; `field` says where.
     InvalidArgument,
+    /// No key, or one that is nobody's.
+    Unauthenticated,
     /// No such model.
     NotFound,
     /// No place now; `retry_after` says when to come again.
@@ -282,7 +305,24 @@ impl ApiError {
     pub fn is_retryable(&self) -> bool {
         match self.code {
             ApiCode::ResourceExhausted | ApiCode::Unavailable => true,
-            ApiCode::InvalidArgument | ApiCode::NotFound | ApiCode::DeadlineExceeded | ApiCode::Internal => false,
+            ApiCode::InvalidArgument
+            | ApiCode::Unauthenticated
+            | ApiCode::NotFound
+            | ApiCode::DeadlineExceeded
+            | ApiCode::Internal => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bearer_key_is_read_and_never_shown() {
+        let key = |header| ApiKey::bearer(header).map(|key| key.0);
+        assert_eq!(key("bearer  abc "), Some("abc".to_owned()));
+        assert_eq!((key("Basic abc"), key("abc")), (None, None));
+        assert!(!format!("{:?}", ApiKey("abc".to_owned())).contains("abc"));
     }
 }

@@ -11,11 +11,13 @@ mod frontend;
 mod membership;
 mod options;
 mod service;
+mod tenants;
 
 pub use error::StartError;
 pub use frontend::{
-    ApiCode, ApiError, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo, PathFallback,
-    PromptInput, Timeline, Usage,
+    ApiCode, ApiError, ApiKey, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo,
+    PathFallback, PromptInput, Timeline, Usage,
 };
 pub use options::{Options, StoreChoice};
 pub use service::{Service, run};
+pub use tenants::TenantsError;

@@ -116,6 +116,9 @@ pub struct Options {
     /// Of these, requests that may wait for a place on a node
     #[arg(long, value_name = "COUNT", default_value_t = 1024, help_heading = "Requests")]
     pub queue: u32,
+    /// TOML file of tenants: their API keys (SHA-256), priorities, shares and limits; without it nobody needs a key
+    #[arg(long, value_name = "FILE", help_heading = "Requests")]
+    pub tenants: Option<PathBuf>,
     /// How nodes are chosen: predicted, least-loaded, round-robin or random-two
     #[arg(
         long,

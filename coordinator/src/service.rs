@@ -6,6 +6,7 @@
 use crate::api::{grpc, http};
 use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
 use crate::membership::{Members, WatchOptions, watch};
+use crate::tenants::Tenants;
 use crate::{Options, StartError, StoreChoice};
 use baton_cluster_state::embedded::EmbeddedStore;
 use baton_cluster_state::{Store, StoreAddress};
@@ -87,6 +88,7 @@ impl Service {
         let (store, embedded) = open_store(options, clock, &inner).await?;
         store.claim_coordinator(instance).await?;
 
+        let tenants = Tenants::load(options.tenants.as_deref(), clock)?;
         let index = BlockIndex::new(options.index_locations_max);
         let members = Members::new(clock, options.lease_ttl, options.inhibit, index);
         let (heartbeat, supervisor) = (options.heartbeat, inner.clone());
@@ -106,6 +108,7 @@ impl Service {
                 requests_max: options.requests_max,
                 queued_max: options.queue,
             },
+            tenants,
             routing: RoutingOptions {
                 policy: options.routing_policy,
                 slo: Slo {
@@ -130,7 +133,9 @@ impl Service {
         };
         grpc::serve(grpc_listener, door, &inner, doors.clone())?;
         serve_http(http_listener, options, &coordinator, &inner, &doors);
-        warn_of_open_doors(&[("--http-listen", http_address), ("--grpc-listen", grpc_address)]);
+        if options.tenants.is_none() {
+            warn_of_open_doors(&[("--http-listen", http_address), ("--grpc-listen", grpc_address)]);
+        }
         tracing::info!(%instance, http = %http_address, grpc = %grpc_address, store = %options.store, "ready");
         let announcement = Announcement {
             role: "coordinator".to_owned(),

@@ -414,3 +414,43 @@ async fn a_request_that_would_be_late_is_refused_at_once_with_a_hint() {
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert!(refused.metadata().contains_key("retry-after-ms"), "{refused:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tenants_need_their_keys_and_keep_to_their_limits() {
+    use sha2::{Digest, Sha256};
+    let hash: String = Sha256::digest(b"open sesame")
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tenants.toml");
+    let text = format!("[[tenant]]\nname = 'ali'\nkey_sha256 = ['{hash}']\nconcurrent_max = 1\n");
+    std::fs::write(&file, text).unwrap();
+    let flag = format!("--tenants={}", file.display());
+    let (cluster, prefill, decode) = Cluster::pair(&[&flag]).await;
+    let ask = async |key: Option<&str>| {
+        let mut asked = tonic::Request::new(request("hello", 3));
+        if let Some(key) = key {
+            let value = format!("Bearer {key}").parse().unwrap();
+            asked.metadata_mut().insert("authorization", value);
+        }
+        cluster.client.clone().generate(asked).await
+    };
+    assert_eq!(ask(None).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(ask(Some("sesame")).await.unwrap_err().code(), Code::Unauthenticated);
+    decode.script(Script::Stall(1));
+    let running = ask(Some("open sesame")).await.unwrap();
+    let refused = ask(Some("open sesame")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("`ali`") && refused.metadata().contains_key("retry-after-ms"));
+    until(|| async { !prefill.works.lock().unwrap().is_empty() }).await;
+    assert_eq!(
+        prefill.works.lock().unwrap()[0].cache_salt,
+        "ali\0",
+        "its blocks are its own"
+    );
+    drop(running);
+    cluster.idle().await;
+    decode.script(Script::Serve);
+    assert!(ask(Some("open sesame")).await.is_ok(), "its place came back");
+}

@@ -6,6 +6,7 @@ use super::prepare::{Bounds, Prepared, prepare, tokenize, unknown_model};
 use super::registry::{Entry, Registry};
 use super::task::{Job, Shared, code_label, run};
 use crate::membership::{Members, Model};
+use crate::tenants::Tenants;
 use crate::{ApiCode, ApiError, Frontend, GenerateInput, Generation, ModelInfo, PromptInput};
 use baton_node_runtime::{CancellationToken, Clock, Supervisor};
 use baton_scheduling::{Admission, AdmissionLimits, AdmissionLoad, admit};
@@ -29,6 +30,7 @@ pub(crate) struct CoordinatorOptions {
     pub(crate) members: Members,
     pub(crate) instance: Instance,
     pub(crate) limits: AdmissionLimits,
+    pub(crate) tenants: Tenants,
     pub(crate) routing: RoutingOptions,
     /// Requests of which decisions are kept.
     pub(crate) decisions_max: usize,
@@ -46,6 +48,7 @@ struct Inner {
     shared: Arc<Shared>,
     registry: Registry,
     limits: AdmissionLimits,
+    tenants: Tenants,
     timeout_default: Duration,
     timeout_max: Duration,
     supervisor: Supervisor,
@@ -61,6 +64,7 @@ impl Coordinator {
             members,
             instance,
             limits,
+            tenants,
             routing,
             decisions_max,
             timeout_default,
@@ -80,6 +84,7 @@ impl Coordinator {
             }),
             registry: Registry::default(),
             limits,
+            tenants,
             timeout_default,
             timeout_max,
             supervisor,
@@ -125,13 +130,21 @@ impl Coordinator {
 
     async fn start(&self, input: GenerateInput) -> Result<Generation, ApiError> {
         let arrived = self.0.shared.clock.now();
+        let tenant = self
+            .0
+            .tenants
+            .of_key(input.api_key.as_ref().map(|key| key.0.as_str()))?;
         let model = self.model(&input.model)?;
+        let (tenant_entry, tenant_wait) = self.0.tenants.admit(&tenant)?;
         let cancel = self.0.cancel_all.child_token();
         let entry = self.admit(input.request_id, cancel.clone())?;
         // From here on the request counts as waiting, and leaving by any way gives its place back.
         let waiting = self.0.shared.placer.enter();
         let request_id = input.request_id;
-        let prepared = self.prepare(&model, input).await?;
+        let mut prepared = self.prepare(&model, input).await?;
+        if tenant.salted {
+            prepared.cache_salt = format!("{}\0{}", tenant.name, prepared.cache_salt);
+        }
         let prompt_tokens = u32::try_from(prepared.prompt.len()).unwrap_or(u32::MAX);
         let (events, receiver) = mpsc::channel(prepared.sampling.max_tokens as usize + EVENTS_BESIDE_TOKENS);
         let name = model.card.name.clone();
@@ -144,7 +157,9 @@ impl Coordinator {
             events,
             cancel,
             entry,
-            waiting: Some(waiting),
+            tenant,
+            tenant_entry: Some(tenant_entry),
+            waiting: Some((waiting, tenant_wait)),
         };
         self.0.supervisor.spawn("request", run(Arc::clone(&self.0.shared), job));
         Ok(Generation::new(request_id, name, prompt_tokens, receiver, Some(guard)))

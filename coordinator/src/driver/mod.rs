@@ -4,6 +4,7 @@
 mod decisions;
 mod frontend;
 mod legs;
+mod line;
 mod placement;
 mod prepare;
 mod registry;

@@ -1,12 +1,14 @@
-//! Finds nodes for requests. Those of one model that have never been placed wait in line, in the order of their coming;
-//! the first in line tries again whenever the load changes. A request whose nodes failed does not stand in line again.
+//! Finds nodes for requests. Those of one model that have never been placed wait in line, fairly among tenants; who has
+//! the turn tries again whenever the load changes. A request whose nodes failed does not stand in line again.
 
 use super::decisions::{Choice, Decisions};
+use super::line::Line;
 use crate::core::Placement;
 use crate::membership::{Candidate, Claim, Members};
+use crate::tenants::Tenant;
 use crate::{ApiCode, ApiError};
 use baton_node_runtime::{Clock, Moment};
-use baton_scheduling::{Decision, Policy, RefuseReason, RouteRequest, Routed, Slo, route};
+use baton_scheduling::{Decision, Entry, Policy, RefuseReason, RouteRequest, Routed, Slo, route};
 use baton_types::{BlockHash, Instance, RequestId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -17,6 +19,7 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 pub(super) struct PlaceRequest {
     pub(super) request_id: RequestId,
+    pub(super) tenant: Arc<Tenant>,
     pub(super) arrived: Moment,
     pub(super) model: String,
     /// The context's full blocks, once for each arithmetic among the nodes; none while no node's blocks are known.
@@ -71,7 +74,7 @@ pub(super) struct Placer {
     decisions: Decisions,
     /// Counts choices.
     turn: AtomicU64,
-    lines: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    lines: Mutex<HashMap<String, Arc<Line>>>,
     queued: Arc<AtomicU32>,
     pace: Mutex<Pace>,
     wait_per_place_us: AtomicU64,
@@ -131,7 +134,18 @@ impl Placer {
     /// Where waiting would not help.
     pub(super) async fn place(&self, request: PlaceRequest) -> Result<Placed, ApiError> {
         let line = self.line(&request.model);
-        let _turn = if request.again { None } else { Some(line.lock().await) };
+        let _turn = if request.again {
+            None
+        } else {
+            let who = Entry {
+                tenant: request.tenant.index,
+                weight: request.tenant.weight,
+                priority: request.tenant.priority,
+                tokens: request.context_tokens.into(),
+                item: (),
+            };
+            Some(line.turn(who).await)
+        };
         let mut changes = self.members.changes();
         let mut waited = false;
         loop {
@@ -235,7 +249,7 @@ impl Placer {
         self.decisions.chosen(request.request_id, choice);
     }
 
-    fn line(&self, model: &str) -> Arc<tokio::sync::Mutex<()>> {
+    fn line(&self, model: &str) -> Arc<Line> {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(lines.entry(model.to_owned()).or_default())
     }

@@ -9,6 +9,7 @@ use super::registry::Entry;
 use super::text::TextStage;
 use crate::core::{DecodeEvent, Effect, Event, Leg, Outcome, Peer, PrefillEvent, Request, RequestSpec, TokenBatch};
 use crate::membership::{Candidate, Claim, Members, Model};
+use crate::tenants::{Tenant, TenantEntry, TenantWait};
 use crate::{ApiCode, Finished, GenerationEvent, Usage};
 use baton_node_runtime::{CancellationToken, Clock, Moment};
 use baton_proto::v1;
@@ -46,7 +47,10 @@ pub(super) struct Job {
     pub(super) cancel: CancellationToken,
     pub(super) entry: Entry,
     /// Given up once the request has its first place.
-    pub(super) waiting: Option<Waiting>,
+    pub(super) waiting: Option<(Waiting, TenantWait)>,
+    pub(super) tenant: Arc<Tenant>,
+    /// Given up at the end.
+    pub(super) tenant_entry: Option<TenantEntry>,
 }
 
 struct DecodeLeg {
@@ -300,6 +304,7 @@ impl Task {
         let base = generated.len();
         let request = PlaceRequest {
             request_id: self.job.request_id,
+            tenant: Arc::clone(&self.job.tenant),
             arrived: self.job.arrived,
             model,
             chains: numerics.iter().map(|numerics| self.hashes(base, numerics)).collect(),
@@ -489,6 +494,7 @@ impl Task {
         // The request is off the books before the client learns of its end, so that who counts afterwards counts right.
         (self.decode, self.prefill, self.held_decode, self.held_prefill) = (None, None, None, None);
         self.job.entry.leave();
+        (self.job.tenant_entry, self.job.waiting) = (None, None);
         self.send(event);
     }
 }
@@ -505,6 +511,7 @@ fn reason_label(reason: FinishReason) -> &'static str {
 pub(super) fn code_label(code: ApiCode) -> &'static str {
     match code {
         ApiCode::InvalidArgument => "invalid_argument",
+        ApiCode::Unauthenticated => "unauthenticated",
         ApiCode::NotFound => "not_found",
         ApiCode::ResourceExhausted => "resource_exhausted",
         ApiCode::Unavailable => "unavailable",

@@ -4,14 +4,18 @@
 #![warn(missing_docs)]
 
 mod admission;
+mod fair;
 mod index;
+mod rate;
 mod regression;
 mod route;
 pub mod step;
 mod times;
 
 pub use admission::{Admission, AdmissionLimits, AdmissionLoad, Refusal, admit};
+pub use fair::{Entry, FairQueue, Priority, QUANTUM_TOKENS};
 pub use index::{BlockIndex, Held};
+pub use rate::RateLimit;
 pub use route::{
     CANDIDATES_MAX, Candidate, Decision, HORIZON_TOKENS, HoldReason, NodeView, PROBE_TURNS, Policy, Prediction,
     RefuseReason, RouteRequest, Routed, Slo, route,

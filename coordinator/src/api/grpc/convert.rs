@@ -14,6 +14,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 pub(super) fn status(error: ApiError) -> Status {
     let code = match error.code {
         ApiCode::InvalidArgument => Code::InvalidArgument,
+        ApiCode::Unauthenticated => Code::Unauthenticated,
         ApiCode::NotFound => Code::NotFound,
         ApiCode::ResourceExhausted => Code::ResourceExhausted,
         ApiCode::Unavailable => Code::Unavailable,
@@ -64,6 +65,7 @@ pub(super) fn generate_input(request_id: RequestId, wire: v1::GenerateRequest) -
         stop: wire.stop,
         timeout,
         cache_salt: wire.cache_salt,
+        api_key: None,
     })
 }
 

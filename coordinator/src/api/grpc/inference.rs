@@ -1,7 +1,7 @@
 //! `baton.v1.Inference`: conversion, and the stream of one answer.
 
 use super::convert::{chunk, finished, generate_input, status, tokenize_input};
-use crate::{ApiError, Frontend, Generation, GenerationEvent};
+use crate::{ApiError, ApiKey, Frontend, GenerateInput, Generation, GenerationEvent};
 use baton_proto::convert::parse_id;
 use baton_proto::v1;
 use baton_proto::v1::inference_server::Inference;
@@ -20,7 +20,12 @@ impl Inference for InferenceService {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         // Drawn where the response's header is set, so that both are the same.
         let request_id = request.extensions().get().copied().unwrap_or_else(RequestId::random);
+        let authorization = request.metadata().get("authorization");
+        let api_key = authorization
+            .and_then(|value| value.to_str().ok())
+            .and_then(ApiKey::bearer);
         let input = generate_input(request_id, request.into_inner()).map_err(status)?;
+        let input = GenerateInput { api_key, ..input };
         let generation = self.0.generate(input).await.map_err(status)?;
         Ok(Response::new(answer(generation)))
     }

@@ -107,6 +107,11 @@ impl From<ApiError> for HttpError {
     fn from(error: ApiError) -> Self {
         let (status, kind, code) = match error.code {
             ApiCode::InvalidArgument => (StatusCode::BAD_REQUEST, "invalid_request_error", None),
+            ApiCode::Unauthenticated => (
+                StatusCode::UNAUTHORIZED,
+                "invalid_request_error",
+                Some("invalid_api_key"),
+            ),
             ApiCode::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found")),
             ApiCode::ResourceExhausted => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded")),
             ApiCode::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("unavailable")),

@@ -109,6 +109,7 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         stop,
         timeout: None,
         cache_salt,
+        api_key: None,
     };
     Ok(Asked {
         input,

@@ -6,7 +6,7 @@ use super::error::HttpError;
 use super::reply::{Reply, reason_word};
 use super::request::{self, Kind};
 use super::router::Door;
-use crate::{Finished, Generation, GenerationEvent};
+use crate::{ApiKey, Finished, Generation, GenerationEvent};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::Request;
@@ -21,8 +21,13 @@ use std::sync::Arc;
 
 pub(super) async fn answer(door: Arc<Door>, kind: Kind, request: Request) -> Result<Response, HttpError> {
     let request_id = request.extensions().get().copied().unwrap_or_else(RequestId::random);
+    let authorization = request.headers().get(header::AUTHORIZATION);
+    let api_key = authorization
+        .and_then(|value| value.to_str().ok())
+        .and_then(ApiKey::bearer);
     let body = body::read(request.into_body(), &door.options).await?;
-    let asked = request::parse(kind, request_id, &body)?;
+    let mut asked = request::parse(kind, request_id, &body)?;
+    asked.input.api_key = api_key;
     tracing::debug!(
         %request_id, model = asked.input.model, stream = asked.stream, max_tokens = asked.input.max_tokens, bytes = body.len(),
         "http request accepted"

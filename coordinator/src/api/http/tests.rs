@@ -325,6 +325,7 @@ async fn a_body_that_does_not_come_is_not_waited_for() {
 async fn failures_before_the_first_token_are_statuses() {
     for (code, status, name) in [
         (ApiCode::InvalidArgument, 400, Value::Null),
+        (ApiCode::Unauthenticated, 401, json!("invalid_api_key")),
         (ApiCode::NotFound, 404, json!("model_not_found")),
         (ApiCode::ResourceExhausted, 429, json!("overloaded")),
         (ApiCode::Unavailable, 503, json!("unavailable")),
