@@ -41,6 +41,16 @@ impl Etcd {
         format!("etcd://127.0.0.1:{}", self.client_port)
     }
 
+    /// Its process.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Where its data are.
+    pub fn data(&self) -> &std::path::Path {
+        self.data.path()
+    }
+
     /// kill -9.
     pub async fn kill(&mut self) -> Result<()> {
         Ok(self.child.kill().await?)
