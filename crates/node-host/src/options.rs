@@ -1,7 +1,7 @@
 //! The flags of a node, whatever its role.
 
 use crate::error::BringUpError;
-use baton_cluster_state::{Credentials, StoreAddress, StoreOptions};
+use baton_cluster_state::{Credentials, LocationBudget, StoreAddress, StoreOptions};
 use baton_kv_transfer::{EndpointOptions, PathKind};
 use baton_node_runtime::{ProcessOptions, parse_bytes, parse_duration};
 use baton_types::{KvDtype, NodeRole};
@@ -72,6 +72,13 @@ pub struct NodeOptions {
     /// After this long without a sign of life the node is gone for others; at least 2s
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "10s", help_heading = "Cluster")]
     pub lease_ttl: Duration,
+    /// Writes per second that all nodes of the cluster together may make to the store to tell which blocks they hold; the
+    /// same on all nodes
+    #[arg(long, value_name = "COUNT", default_value_t = LocationBudget::default().writes_per_s, help_heading = "Cluster")]
+    pub location_writes: u32,
+    /// Bytes per second of the same
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "16MiB", help_heading = "Cluster")]
+    pub location_bytes: u64,
     /// User of an etcd with authentication
     #[arg(long, value_name = "USER:PASSWORD", hide_env_values = true, help_heading = "Cluster")]
     pub etcd_user: Option<Credentials>,
@@ -203,6 +210,18 @@ impl NodeOptions {
             "at most 4096",
         )?;
         check(
+            self.location_writes > 0,
+            "--location-writes",
+            "0".to_owned(),
+            "at least 1",
+        )?;
+        check(
+            self.location_bytes >= 64 << 10,
+            "--location-bytes",
+            self.location_bytes.to_string(),
+            "at least 64KiB",
+        )?;
+        check(
             (1..=64).contains(&self.transfer_connections),
             "--transfer-connections",
             self.transfer_connections.to_string(),
@@ -279,6 +298,14 @@ impl NodeOptions {
         }
     }
 
+    /// What all nodes together may write of their block locations.
+    pub fn location_budget(&self) -> LocationBudget {
+        LocationBudget {
+            writes_per_s: self.location_writes,
+            bytes_per_s: self.location_bytes,
+        }
+    }
+
     /// How hand-overs are sent and arrive. Without `--transports`, what this host lacks is left out, save what is required.
     pub fn endpoint_options(&self) -> EndpointOptions {
         let named = !self.transports.is_empty();
@@ -340,6 +367,8 @@ mod tests {
         assert_eq!(refused(&["--chunk-tokens", "100"]), "--chunk-tokens");
         assert_eq!(refused(&["--block-tokens", "0"]), "--block-tokens");
         assert_eq!(refused(&["--queue", "0"]), "--queue");
+        assert_eq!(refused(&["--location-writes", "0"]), "--location-writes");
+        assert_eq!(refused(&["--location-bytes", "1KiB"]), "--location-bytes");
         assert_eq!(refused(&["--running", "0"]), "--running");
         assert_eq!(refused(&["--listen", "0.0.0.0:0"]), "--listen");
         assert_eq!(refused(&["--listen", "0.0.0.0:0", "--advertise", "node1"]), "nothing");

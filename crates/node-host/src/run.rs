@@ -132,6 +132,8 @@ async fn live(
             record.context_tokens = facts.config.context_tokens.min(fits);
         })
         .await;
+    let pool = host.pool().clone();
+    registration.publish_blocks(options.location_budget(), move || pool.take_changes());
     readiness.set(true, "ready");
     tracing::info!(node_id = %identity.node_id, role = %identity.role, grpc = %grpc, model = %card.name, blocks, "ready");
     announce::ready(&Announcement {
@@ -378,6 +380,15 @@ fn describe_metrics() {
         "Steps broken off because nobody wanted them any more"
     );
     describe_counter!("baton_node_requests_total", "Requests by role and how they ended");
+    describe_gauge!(
+        "baton_store_location_pending_seconds",
+        "How long the oldest change of this node's cache has waited to be written to the store"
+    );
+    describe_counter!(
+        "baton_store_location_writes_total",
+        "Segments of block locations written to the store"
+    );
+    describe_counter!("baton_store_location_written_bytes_total", "Their sizes");
     describe_counter!(
         "baton_engine_cache_evicted_blocks_total",
         "Cached blocks given to new contents"
