@@ -5,7 +5,7 @@
 
 use crate::api::{grpc, http};
 use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
-use crate::membership::{Members, WatchOptions, watch};
+use crate::membership::{Members, WatchOptions, watch, watch_locations};
 use crate::tenants::Tenants;
 use crate::{Options, StartError, StoreChoice};
 use baton_cluster_state::embedded::EmbeddedStore;
@@ -92,6 +92,7 @@ impl Service {
         let index = BlockIndex::new(options.index_locations_max);
         let members = Members::new(clock, options.lease_ttl, options.inhibit, index);
         let (heartbeat, supervisor) = (options.heartbeat, inner.clone());
+        watch_locations(&store, members.clone(), clock, &inner);
         let watched = (store.clone(), members.clone());
         watch(WatchOptions {
             store: watched.0,
@@ -292,6 +293,10 @@ fn describe_metrics() {
     metrics::describe_gauge!(
         "baton_coordinator_queued_requests",
         "Of these, those that wait for a place on a node"
+    );
+    metrics::describe_histogram!(
+        "baton_coordinator_location_staleness_seconds",
+        "Age of a node's oldest published change when the index knew it"
     );
     metrics::describe_gauge!("baton_coordinator_indexed_blocks", "Block locations that routing knows");
     metrics::describe_gauge!(

@@ -190,6 +190,11 @@ impl Members {
     pub(super) fn index(&self, change: impl FnOnce(&mut BlockIndex)) {
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut index);
+    }
+
+    /// Shows what the index takes. Costs time in proportion to it.
+    pub(super) fn show_index(&self) {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         metrics::gauge!("baton_coordinator_indexed_blocks").set(index.locations() as f64);
         metrics::gauge!("baton_coordinator_index_bytes").set(index.bytes() as f64);
         metrics::counter!("baton_coordinator_unindexed_blocks_total").absolute(index.refused());

@@ -4,6 +4,7 @@
 mod channel;
 mod heartbeat;
 mod load;
+mod locations;
 mod members;
 mod model;
 mod roster;
@@ -12,6 +13,7 @@ mod roster_test;
 mod watch;
 
 pub(crate) use load::Claim;
+pub(crate) use locations::watch_locations;
 pub(crate) use members::Members;
 pub(crate) use model::Model;
 pub(crate) use roster::{Candidate, MemberStatus};

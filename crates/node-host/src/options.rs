@@ -77,7 +77,7 @@ pub struct NodeOptions {
     #[arg(long, value_name = "COUNT", default_value_t = LocationBudget::default().writes_per_s, help_heading = "Cluster")]
     pub location_writes: u32,
     /// Bytes per second of the same
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "16MiB", help_heading = "Cluster")]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "2MiB", help_heading = "Cluster")]
     pub location_bytes: u64,
     /// User of an etcd with authentication
     #[arg(long, value_name = "USER:PASSWORD", hide_env_values = true, help_heading = "Cluster")]

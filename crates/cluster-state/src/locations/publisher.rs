@@ -36,7 +36,7 @@ impl Default for LocationBudget {
     fn default() -> Self {
         Self {
             writes_per_s: 1000,
-            bytes_per_s: 16 << 20,
+            bytes_per_s: 2 << 20,
         }
     }
 }
