@@ -69,7 +69,7 @@ impl Default for EndpointOptions {
 }
 
 /// One data connection for each four cores, at most four: each has a thread at both ends that is busy while bytes flow, and
-/// where those threads share cores, one connection is faster than two (on two cores 5.2 against 3.0 GB/s over loopback).
+/// where those threads share cores, one connection is faster than two (on two cores 4.2 against 3.0 GB/s over loopback).
 #[must_use]
 pub fn default_connections() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
