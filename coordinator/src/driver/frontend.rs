@@ -167,10 +167,10 @@ impl Coordinator {
 
     fn model(&self, name: &str) -> Result<Arc<Model>, ApiError> {
         let members = &self.0.shared.members;
-        let served: Vec<String> = members.served().into_iter().map(|model| model.id).collect();
         if let Some(model) = members.model(name) {
             return Ok(model);
         }
+        let served: Vec<String> = members.served().into_iter().map(|model| model.id).collect();
         match served.as_slice() {
             [] => Err(
                 ApiError::new(ApiCode::Unavailable, "no model is served: no decode node is ready")

@@ -61,6 +61,7 @@ impl Members {
             let mut state = self.lock();
             let result = change(&mut state, now);
             state.regroup();
+            state.has_changed();
             (result, std::mem::take(&mut state.left))
         };
         if !left.is_empty() {
@@ -108,8 +109,42 @@ impl Members {
         records.into_iter().filter_map(|record| self.put(record)).collect()
     }
 
-    /// A node spoke.
+    /// A node spoke. Most often nothing but its load has changed.
     pub(super) fn beat(&self, node: &Node, heartbeat: v1::HeartbeatResponse) {
+        if !self.beat_again(node, &heartbeat) {
+            self.beat_anew(node, heartbeat);
+        }
+    }
+
+    /// False: more than the load of a node has changed, and nothing is done yet.
+    fn beat_again(&self, node: &Node, heartbeat: &v1::HeartbeatResponse) -> bool {
+        let now = self.clock.now();
+        {
+            let mut state = self.lock();
+            let Some(member) = state.member_mut(node).filter(|member| member.unlisted_since.is_none()) else {
+                return false;
+            };
+            let said = convert::node_state(&heartbeat.state).unwrap_or(NodeState::Starting);
+            let Heart::Beating { beat, state: known, at } = &mut member.heart else {
+                return false;
+            };
+            if *known != said {
+                return false;
+            }
+            let load = heartbeat.load.clone().unwrap_or_default();
+            member
+                .speed
+                .reported(load.prefill_tokens_per_s, load.decode_step_us, load.running_requests);
+            **beat = Beat::new(load, member.placed.figures());
+            *at = now;
+            member.full = false;
+            state.spoke(node.instance);
+        }
+        self.changed.send_modify(|version| *version += 1);
+        true
+    }
+
+    fn beat_anew(&self, node: &Node, heartbeat: v1::HeartbeatResponse) {
         let grace = self.options.grace;
         self.change(|state, now| {
             let Some(member) = state.member_mut(node) else { return };
@@ -179,11 +214,8 @@ impl Members {
 
     /// A node had no place; it is left alone until its next heartbeat.
     pub(crate) fn full(&self, node: &Node) {
-        self.change(|state, _| {
-            if let Some(member) = state.member_mut(node) {
-                member.full = true;
-            }
-        });
+        self.lock().is_full(node.instance);
+        self.changed.send_modify(|version| *version += 1);
     }
 
     /// Changes which node holds which blocks.
@@ -201,11 +233,12 @@ impl Members {
     }
 
     fn held(&self, chains: &[Vec<BlockHash>]) -> Held {
-        let mut held = Held::default();
-        if !chains.is_empty() {
-            let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-            chains.iter().for_each(|chain| held.join(index.held(chain)));
-        }
+        let Some((first, others)) = chains.split_first() else {
+            return Held::default();
+        };
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let mut held = index.held(first);
+        others.iter().for_each(|chain| held.join(index.held(chain)));
         held
     }
 
@@ -218,27 +251,13 @@ impl Members {
         choose: impl FnOnce(&HandoverTimes, &[NodeView], &[NodeView]) -> Routed,
     ) -> Routed {
         let (now, held) = (self.clock.now(), self.held(chains));
-        let state = self.lock();
-        let usable = || {
-            let members = state.members.values();
-            members.filter(|member| member.record.model == model && member.is_usable(now))
-        };
-        let measured = usable()
-            .map(|member| member.speed.times())
-            .find(|times| times.prefill_is_measured());
-        let views = |role| -> Vec<NodeView> {
-            let members = usable().filter(|member| member.record.role == role);
-            let views = members.filter_map(|member| {
-                let view = member.view()?;
-                Some(NodeView {
-                    held_tokens: held.blocks(view.instance).saturating_mul(view.block_tokens),
-                    times: measured.map_or(view.times, |measured| view.times.or_prefill_of(&measured)),
-                    ..view
-                })
-            });
-            views.collect()
-        };
-        choose(&state.handovers, &views(NodeRole::Prefill), &views(NodeRole::Decode))
+        let mut state = self.lock();
+        match state.working(model, now) {
+            (Some(working), handovers) => working
+                .fleet
+                .choose(&held, |prefill, decode| choose(handovers, prefill, decode)),
+            (None, handovers) => choose(handovers, &[], &[]),
+        }
     }
 
     /// A node that takes work, to place a request on it.
@@ -253,11 +272,8 @@ impl Members {
         instances.sort_unstable();
         instances.dedup();
         let state = self.lock();
-        let members = state.members.values().map(|member| &member.record);
-        members
-            .filter(|record| instances.binary_search(&record.instance).is_ok())
-            .map(|record| (record.instance, record.node_id.clone()))
-            .collect()
+        let named = |instance: Instance| Some((instance, state.name_of(instance)?.clone()));
+        instances.into_iter().filter_map(named).collect()
     }
 
     /// The kinds of arithmetic among a model's nodes; none while no node's blocks are known.
@@ -266,22 +282,20 @@ impl Members {
             let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
             index.locations()
         };
-        let mut numerics: Vec<NumericsId> = Vec::new();
-        if locations > 0 {
-            let state = self.lock();
-            for member in state.members.values().filter(|member| member.record.model == model) {
-                if !numerics.contains(&member.record.numerics) {
-                    numerics.push(member.record.numerics.clone());
-                }
-            }
+        if locations == 0 {
+            return Vec::new();
         }
-        numerics
+        let mut state = self.lock();
+        let working = state.working(model, self.clock.now()).0;
+        working.map(|working| working.numerics.clone()).unwrap_or_default()
     }
 
     /// A node has computed a prompt: `tokens` of it, behind `held` that it had.
     pub(crate) fn prefilled(&self, instance: Instance, tokens: u32, held: u32, took: Duration) {
-        if let Some(member) = self.lock().member_of(instance) {
+        let mut state = self.lock();
+        if let Some(member) = state.member_of(instance) {
             member.speed.prefilled(tokens, held, took);
+            state.learned(instance);
         }
     }
 
@@ -317,27 +331,29 @@ impl Members {
 
     /// The longest context that the model's nodes have room for now: its own, or less where their arenas are small.
     pub(crate) fn context_tokens(&self, model: &Model) -> u32 {
-        let room = self.lock().context_tokens(&model.card.name);
+        let room = self.lock().context_tokens(&model.card.name, self.clock.now());
         room.unwrap_or(u32::MAX).min(model.card.context_tokens)
     }
 
     /// Models for which a request would be taken now, by name.
     pub(crate) fn served(&self) -> Vec<ModelInfo> {
-        let state = self.lock();
-        let mut served: Vec<ModelInfo> = state
+        let mut state = self.lock();
+        let known = state
             .models
             .iter()
-            .filter_map(|(name, entry)| {
-                let model = entry.model.as_ref()?;
-                let context_tokens = state.context_tokens(name)?.min(model.card.context_tokens);
-                Some(ModelInfo {
-                    id: name.clone(),
-                    context_tokens,
-                    stub: model.card.stub,
-                    created: model.created,
-                })
+            .filter_map(|(name, entry)| Some((name.clone(), entry.model.clone()?)));
+        let known: Vec<(String, Arc<Model>)> = known.collect();
+        let now = self.clock.now();
+        let info = |(name, model): (String, Arc<Model>)| {
+            let context_tokens = state.context_tokens(&name, now)?;
+            Some(ModelInfo {
+                id: name,
+                context_tokens: context_tokens.min(model.card.context_tokens),
+                stub: model.card.stub,
+                created: model.created,
             })
-            .collect();
+        };
+        let mut served: Vec<ModelInfo> = known.into_iter().filter_map(info).collect();
         served.sort_by(|a, b| a.id.cmp(&b.id));
         served
     }

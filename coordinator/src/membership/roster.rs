@@ -3,13 +3,13 @@
 //! Of several nodes that name the same model, those that fit together serve: the first that came sets fingerprint and KV
 //! geometry, and keeps them for the model as long as a node of that kind answers. Others are refused by name of the field.
 
-use super::load::{Beat, Claim, Placed};
+use super::load::{Beat, Claim};
 use super::{Model, channel};
 use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::{CancellationToken, Moment};
 use baton_proto::v1;
-use baton_scheduling::{HandoverTimes, NodeView, StepModel};
+use baton_scheduling::{Fleet, FleetNode, HandoverTimes, NodeView, Place, Placed, Side, StepModel};
 use baton_types::{Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -27,7 +27,25 @@ pub(super) struct Roster {
     pub(super) handovers: HandoverTimes,
     /// Processes that left since somebody looked.
     pub(super) left: Vec<Instance>,
+    /// Who has this instance.
+    names: HashMap<Instance, NodeId>,
+    /// Who takes work, by model; as of the last change that is not `stale`.
+    working: HashMap<String, Working>,
+    stale: bool,
+    /// When the next one that is left alone takes work again.
+    release: Option<Moment>,
     arrivals: u64,
+}
+
+/// The nodes of one model that take work.
+#[derive(Default)]
+pub(super) struct Working {
+    pub(super) fleet: Fleet,
+    /// The kinds of arithmetic among all the model's nodes.
+    pub(super) numerics: Vec<NumericsId>,
+    /// The longest context that a decode node has room for, those that are left alone just now included; `None` where
+    /// there is no decode node.
+    pub(super) context_tokens: Option<u32>,
 }
 
 /// One node, as the store and itself tell of it.
@@ -48,6 +66,8 @@ pub(super) struct Member {
     /// What this coordinator last saw go wrong with it.
     pub(super) fault: Option<(Moment, String)>,
     pub(super) unlisted_since: Option<Moment>,
+    /// Where it stands among those that take work.
+    pub(super) place: Option<Place>,
     /// Ends its heartbeat when the member is dropped.
     cancel: CancellationToken,
 }
@@ -123,6 +143,10 @@ impl Roster {
             models: HashMap::new(),
             handovers: HandoverTimes::new(PAIRS_MAX),
             left: Vec::new(),
+            names: HashMap::new(),
+            working: HashMap::new(),
+            stale: false,
+            release: None,
             arrivals: 0,
         }
     }
@@ -135,20 +159,101 @@ impl Roster {
 
     fn forget(&mut self, instance: Instance) {
         self.handovers.forget(instance);
+        self.names.remove(&instance);
         self.left.push(instance);
     }
 
+    pub(super) fn name_of(&self, instance: Instance) -> Option<&NodeId> {
+        self.names.get(&instance)
+    }
+
     pub(super) fn member_of(&mut self, instance: Instance) -> Option<&mut Member> {
-        self.members
-            .values_mut()
-            .find(|member| member.record.instance == instance)
+        self.members.get_mut(self.names.get(&instance)?)
+    }
+
+    /// Who takes work for a model, and how long hand-overs take.
+    pub(super) fn working(&mut self, model: &str, now: Moment) -> (Option<&mut Working>, &HandoverTimes) {
+        if self.stale || self.release.is_some_and(|release| release <= now) {
+            self.gather(now);
+        }
+        (self.working.get_mut(model), &self.handovers)
+    }
+
+    /// Who takes work is to be found out anew.
+    pub(super) fn has_changed(&mut self) {
+        self.stale = true;
+    }
+
+    fn gather(&mut self, now: Moment) {
+        self.working.clear();
+        (self.stale, self.release) = (false, None);
+        for member in self.members.values_mut() {
+            member.place = None;
+            if !member.names_a_model() {
+                continue;
+            }
+            if !self.working.contains_key(&member.record.model) {
+                self.working.insert(member.record.model.clone(), Working::default());
+            }
+            let Some(working) = self.working.get_mut(&member.record.model) else {
+                continue;
+            };
+            if !working.numerics.contains(&member.record.numerics) {
+                working.numerics.push(member.record.numerics.clone());
+            }
+            if member.serves() && member.record.role == NodeRole::Decode {
+                working.context_tokens = working.context_tokens.max(Some(member.record.context_tokens));
+            }
+            if member.is_usable(now) {
+                let node = member.fleet_node();
+                member.place = node.map(|node| working.fleet.add(side(member.record.role), node));
+            } else if let Some(until) = member.inhibited_until.filter(|until| member.serves() && *until > now) {
+                self.release = Some(self.release.map_or(until, |release| release.min(until)));
+            }
+        }
     }
 
     /// The longest context that a decode node which takes work has room for; `None` where there is no such node.
-    pub(super) fn context_tokens(&self, model: &str) -> Option<u32> {
-        let members = self.members.values().filter(|member| member.record.model == model);
-        let decode = members.filter(|member| member.record.role == NodeRole::Decode && member.serves());
-        decode.map(|member| member.record.context_tokens).max()
+    pub(super) fn context_tokens(&mut self, model: &str, now: Moment) -> Option<u32> {
+        self.working(model, now).0?.context_tokens
+    }
+
+    /// Changes what is known of a node that takes work where it stands, if it does.
+    fn in_place(&mut self, instance: Instance, change: impl FnOnce(&mut Fleet, Place, &mut Member)) {
+        let Some(member) = self.names.get(&instance).and_then(|name| self.members.get_mut(name)) else {
+            return;
+        };
+        if !self.stale
+            && let Some(place) = member.place
+            && let Some(working) = self.working.get_mut(&member.record.model)
+        {
+            change(&mut working.fleet, place, member);
+        }
+    }
+
+    /// The node's load or speed is known anew, and nothing else changed.
+    pub(super) fn spoke(&mut self, instance: Instance) {
+        self.in_place(instance, |fleet, place, member| {
+            if let Heart::Beating { beat, .. } = &member.heart {
+                fleet.spoke(place, beat.known, member.queue_capacity(beat));
+                fleet.set_times(place, member.speed.times());
+            }
+        });
+    }
+
+    /// The node's speed is known better.
+    pub(super) fn learned(&mut self, instance: Instance) {
+        self.in_place(instance, |fleet, place, member| {
+            fleet.set_times(place, member.speed.times());
+        });
+    }
+
+    /// The node refused for want of place.
+    pub(super) fn is_full(&mut self, instance: Instance) {
+        if let Some(member) = self.member_of(instance) {
+            member.full = true;
+        }
+        self.in_place(instance, |fleet, place, _| fleet.is_full(place));
     }
 
     pub(super) fn member_mut(&mut self, node: &Node) -> Option<&mut Member> {
@@ -198,12 +303,15 @@ impl Roster {
             refused: None,
             fault: None,
             unlisted_since: None,
+            place: None,
             cancel,
             record,
         };
-        if let Some(before) = self.members.insert(member.record.node_id.clone(), member) {
+        let name = member.record.node_id.clone();
+        if let Some(before) = self.members.insert(name.clone(), member) {
             self.forget(before.record.instance);
         }
+        self.names.insert(new.node.instance, name);
         Some(new)
     }
 
@@ -290,26 +398,34 @@ impl Member {
         self.serves() && self.inhibited_until.is_none_or(|until| until <= now)
     }
 
-    pub(super) fn view(&self) -> Option<NodeView> {
-        let Heart::Beating { beat, .. } = &self.heart else {
-            return None;
-        };
-        let estimate = beat.estimate(self.placed.figures());
-        let capacity = if beat.load.queue_capacity > 0 {
+    fn queue_capacity(&self, beat: &Beat) -> u32 {
+        if beat.load.queue_capacity > 0 {
             beat.load.queue_capacity
         } else {
             self.record.queue_capacity
+        }
+    }
+
+    fn fleet_node(&self) -> Option<FleetNode> {
+        let Heart::Beating { beat, .. } = &self.heart else {
+            return None;
         };
-        Some(NodeView {
+        let view = NodeView {
             instance: self.record.instance,
-            queued_requests: if self.full { capacity } else { estimate.queued_requests },
-            queue_capacity: capacity,
-            queued_tokens: estimate.queued_tokens,
-            running_requests: estimate.running_requests,
+            queued_requests: 0,
+            queue_capacity: self.queue_capacity(beat),
+            queued_tokens: 0,
+            running_requests: 0,
             times: self.speed.times(),
-            blocks: estimate.blocks,
+            blocks: beat.known.blocks(),
             block_tokens: self.record.geometry.block_tokens,
             held_tokens: 0,
+        };
+        Some(FleetNode {
+            view,
+            load: beat.known,
+            placed: Arc::clone(&self.placed),
+            full: self.full,
         })
     }
 
@@ -352,6 +468,13 @@ impl Member {
             faults: refused.into_iter().chain(fault).collect(),
             channel: self.channel.clone(),
         }
+    }
+}
+
+fn side(role: NodeRole) -> Side {
+    match role {
+        NodeRole::Prefill => Side::Prefill,
+        NodeRole::Decode => Side::Decode,
     }
 }
 

@@ -1,44 +1,80 @@
 //! Which node holds which KV blocks, and from that how much of a prompt each node need not compute again.
 //!
 //! Two directions are kept: from a block to its holders, to walk a prompt's chain, and from a node to its blocks, to forget
-//! a node at the cost of what it held. Holders of one block are a single node, a sorted list, or, where that is not larger,
-//! a set of bits. Memory stays below 100 bytes per location, and locations below a bound given at the start: what comes
-//! beyond it is counted and not indexed, which costs a prefix hit and never an answer.
+//! a node at the cost of what it held. A block goes by eight bytes of its hash: two blocks that share them by chance (one in
+//! 10^7 for an index of a million) cost a wrong hint. Up to three holders stand beside the block itself, more in a sorted list
+//! or, where that is not larger, in a set of bits. Memory stays below 100 bytes per location, and locations below a bound given
+//! at the start: what comes beyond it is counted and not indexed, which costs a prefix hit and never an answer.
 
+use crate::digest::Digests;
+use crate::table::{NOTHING, Table};
 use baton_types::{BlockHash, Instance};
-use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
 
-/// A published block hash is the end of a BLAKE3 digest, an instance is drawn at random: eight of their bytes are as good a
-/// hash as any.
-#[derive(Default)]
-struct Digest(u64);
+/// A block's name here. A published block hash is the end of a BLAKE3 digest: eight of its bytes are as good as any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key(u64);
 
-impl Hasher for Digest {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(first) = bytes.first_chunk() {
-            self.0 = u64::from_le_bytes(*first);
-        }
-    }
-
-    /// The length that comes before an array's bytes says nothing.
-    fn write_usize(&mut self, _: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
+impl From<&BlockHash> for Key {
+    fn from(hash: &BlockHash) -> Self {
+        Self(hash.0.first_chunk().map_or(0, |first| u64::from_le_bytes(*first)))
     }
 }
 
-type Digests = BuildHasherDefault<Digest>;
-
-/// Place of a node in `BlockIndex::nodes`; taken again once the node is dropped.
+/// Place of a node in `BlockIndex::nodes`; taken again once the node is dropped. Below [`NO_SLOT`].
 type Slot = u32;
 
-/// Set in a holder word that is a place in `BlockIndex::sets`, clear in one that is the only holder's slot.
-const SHARED: u32 = 1 << 31;
+/// Bits of a slot in a [`Word`].
+const SLOT_BITS: u32 = 21;
+/// Where a word has fewer than [`FEW`] slots, this is in place of the others. Nodes beyond so many are not indexed.
+const NO_SLOT: Slot = (1 << SLOT_BITS) - 1;
+/// Slots of a word.
+const FEW: usize = 3;
 
-/// Several holders of one block.
+/// A block's holders: up to three sorted slots, or, where the highest bit is set, a place in `BlockIndex::sets`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Word(u64);
+
+impl Word {
+    const SHARED: u64 = 1 << 63;
+    /// Nobody holds the block.
+    const NOBODY: Self = Self(Self::SHARED - 1);
+
+    /// As the table gives it.
+    fn of(value: u64) -> Self {
+        if value == NOTHING { Self::NOBODY } else { Self(value) }
+    }
+
+    /// Of at most [`FEW`] sorted slots.
+    fn few(slots: &[Slot]) -> Self {
+        let mut word = Self::NOBODY.0;
+        for slot in slots.iter().rev() {
+            word = word << SLOT_BITS | u64::from(*slot);
+        }
+        Self(word & !Self::SHARED)
+    }
+
+    fn set(place: usize) -> Self {
+        Self(Self::SHARED | place as u64)
+    }
+
+    /// The place of its set, where it has one.
+    fn place(self) -> Option<usize> {
+        (self.0 & Self::SHARED != 0).then_some((self.0 & !Self::SHARED) as usize)
+    }
+
+    /// Its slots, where it has no set; those from `count` on are [`NO_SLOT`].
+    fn slots(self) -> ([Slot; FEW], usize) {
+        let slots = std::array::from_fn(|at| (self.0 >> (SLOT_BITS * at as u32)) as Slot & NO_SLOT);
+        (slots, slots.iter().take_while(|slot| **slot != NO_SLOT).count())
+    }
+}
+
+/// Blocks of a chain that are looked up together: their places in a large table are far apart, and fetched from memory at
+/// the same time.
+const AHEAD: usize = 32;
+
+/// Many holders of one block.
 #[derive(Debug)]
 enum Holders {
     /// Sorted.
@@ -51,7 +87,7 @@ enum Holders {
 #[derive(Debug)]
 struct Holding {
     instance: Instance,
-    blocks: HashSet<BlockHash, Digests>,
+    blocks: HashSet<Key, Digests>,
 }
 
 /// For each node that holds the beginning of a chain, how many blocks it holds without a gap.
@@ -84,10 +120,10 @@ pub struct BlockIndex {
     limit: usize,
     locations: usize,
     refused: u64,
-    /// The only holder's slot, or [`SHARED`] and a place in `sets`.
-    blocks: HashMap<BlockHash, u32, Digests>,
+    /// From keys to words.
+    blocks: Table,
     sets: Vec<Holders>,
-    free_sets: Vec<u32>,
+    free_sets: Vec<usize>,
     nodes: Vec<Option<Holding>>,
     free_nodes: Vec<Slot>,
     slots: HashMap<Instance, Slot>,
@@ -100,7 +136,7 @@ impl BlockIndex {
             limit,
             locations: 0,
             refused: 0,
-            blocks: HashMap::default(),
+            blocks: Table::new(),
             sets: Vec::new(),
             free_sets: Vec::new(),
             nodes: Vec::new(),
@@ -124,17 +160,20 @@ impl BlockIndex {
         if hashes.is_empty() {
             return;
         }
-        let slot = self.slot(node);
-        for hash in hashes {
+        let Some(slot) = self.slot(node) else {
+            self.refused += hashes.len() as u64;
+            return;
+        };
+        for key in hashes.iter().map(Key::from) {
             let full = self.locations >= self.limit;
             let Some(holding) = self.nodes[slot as usize].as_mut() else {
                 return;
             };
             if full {
-                self.refused += u64::from(!holding.blocks.contains(hash));
-            } else if holding.blocks.insert(*hash) {
+                self.refused += u64::from(!holding.blocks.contains(&key));
+            } else if holding.blocks.insert(key) {
                 self.locations += 1;
-                self.hold(*hash, slot);
+                self.hold(key, slot);
             }
         }
     }
@@ -144,11 +183,11 @@ impl BlockIndex {
         let Some(slot) = self.slots.get(&node).copied() else {
             return;
         };
-        for hash in hashes {
+        for key in hashes.iter().map(Key::from) {
             let holding = self.nodes[slot as usize].as_mut();
-            if holding.is_some_and(|holding| holding.blocks.remove(hash)) {
+            if holding.is_some_and(|holding| holding.blocks.remove(&key)) {
                 self.locations -= 1;
-                self.release(hash, slot);
+                self.release(key, slot);
             }
         }
     }
@@ -157,9 +196,9 @@ impl BlockIndex {
     pub fn drop_node(&mut self, node: Instance) {
         let Some(slot) = self.slots.remove(&node) else { return };
         let holding = self.nodes[slot as usize].take();
-        for hash in holding.iter().flat_map(|holding| &holding.blocks) {
+        for key in holding.iter().flat_map(|holding| &holding.blocks) {
             self.locations -= 1;
-            self.release(hash, slot);
+            self.release(*key, slot);
         }
         self.free_nodes.push(slot);
     }
@@ -172,37 +211,44 @@ impl BlockIndex {
     }
 
     fn walk(&self, chain: &[BlockHash], out: &mut Held) {
-        let mut alive = Alive::List(Vec::new());
-        for (index, hash) in chain.iter().enumerate() {
-            let holders = self.blocks.get(hash).copied();
-            let mut leaves = |slot: Slot| {
-                if let Some(holding) = self.nodes[slot as usize].as_ref() {
-                    out.0.insert(holding.instance, u32::try_from(index).unwrap_or(u32::MAX));
-                }
-            };
-            match (holders, index) {
-                (None, 0) => return,
-                (None, _) => {
-                    alive.each(&mut leaves);
-                    return;
-                }
-                (Some(word), 0) => alive = self.all(word),
-                (Some(word), _) if word & SHARED == 0 => alive.keep_list(&[word], &mut leaves),
-                (Some(word), _) => match &self.sets[(word & !SHARED) as usize] {
-                    Holders::List(list) => alive.keep_list(list, &mut leaves),
-                    Holders::Bits { words, .. } => alive.keep_bits(words, &mut leaves),
-                },
-            }
-            if alive.is_empty() {
-                return;
-            }
+        let Some(first) = chain.first().map(|hash| Word::of(self.blocks.get(Key::from(hash).0))) else {
+            return;
+        };
+        if first == Word::NOBODY {
+            return;
         }
-        alive.each(|slot| {
+        let mut alive = self.all(first);
+        out.0.reserve(alive.len());
+        let leave = |out: &mut Held, slot: Slot, blocks: usize| {
             if let Some(holding) = self.nodes[slot as usize].as_ref() {
                 out.0
-                    .insert(holding.instance, u32::try_from(chain.len()).unwrap_or(u32::MAX));
+                    .insert(holding.instance, u32::try_from(blocks).unwrap_or(u32::MAX));
             }
-        });
+        };
+        let mut before = first;
+        for (part, blocks) in chain.chunks(AHEAD).enumerate() {
+            let keys: [u64; AHEAD] = std::array::from_fn(|at| blocks.get(at).map_or(0, |hash| Key::from(hash).0));
+            let words = self.blocks.get_all(&keys).map(Word::of);
+            for (at, word) in words[..blocks.len()].iter().enumerate() {
+                if *word == before {
+                    continue;
+                }
+                before = *word;
+                let mut leaves = |slot| leave(out, slot, part * AHEAD + at);
+                match word.place().map(|place| &self.sets[place]) {
+                    None => {
+                        let (slots, count) = word.slots();
+                        alive.keep_list(&slots[..count], &mut leaves);
+                    }
+                    Some(Holders::List(list)) => alive.keep_list(list, &mut leaves),
+                    Some(Holders::Bits { words, .. }) => alive.keep_bits(words, &mut leaves),
+                }
+                if alive.is_empty() {
+                    return;
+                }
+            }
+        }
+        alive.each(|slot| leave(out, slot, chain.len()));
     }
 
     /// Memory in use, in bytes, from the capacities of all that is kept.
@@ -216,85 +262,102 @@ impl BlockIndex {
             };
             buckets * (entry + 1)
         }
-        let hash = size_of::<BlockHash>();
         let sets = self.sets.iter().map(|set| match set {
             Holders::List(list) => list.capacity() * size_of::<Slot>(),
             Holders::Bits { words, .. } => words.capacity() * size_of::<u64>(),
         });
         let nodes = self.nodes.iter().flatten();
-        table(self.blocks.capacity(), size_of::<(BlockHash, u32)>())
+        self.blocks.bytes()
             + self.sets.capacity() * size_of::<Holders>()
             + sets.sum::<usize>()
-            + (self.free_sets.capacity() + self.free_nodes.capacity()) * size_of::<u32>()
+            + self.free_sets.capacity() * size_of::<usize>()
+            + self.free_nodes.capacity() * size_of::<Slot>()
             + self.nodes.capacity() * size_of::<Option<Holding>>()
-            + nodes.map(|node| table(node.blocks.capacity(), hash)).sum::<usize>()
+            + nodes
+                .map(|node| table(node.blocks.capacity(), size_of::<Key>()))
+                .sum::<usize>()
             + table(self.slots.capacity(), size_of::<(Instance, Slot)>())
     }
 
-    fn slot(&mut self, node: Instance) -> Slot {
+    fn slot(&mut self, node: Instance) -> Option<Slot> {
         if let Some(slot) = self.slots.get(&node) {
-            return *slot;
+            return Some(*slot);
         }
-        let slot = self.free_nodes.pop().unwrap_or_else(|| {
-            self.nodes.push(None);
-            u32::try_from(self.nodes.len() - 1).expect("every node has a process; there are fewer than 2^31 of them")
-        });
+        let slot = match self.free_nodes.pop() {
+            Some(slot) => slot,
+            None => {
+                let slot = Slot::try_from(self.nodes.len()).ok().filter(|slot| *slot < NO_SLOT)?;
+                self.nodes.push(None);
+                slot
+            }
+        };
         self.nodes[slot as usize] = Some(Holding {
             instance: node,
             blocks: HashSet::default(),
         });
         self.slots.insert(node, slot);
-        slot
+        Some(slot)
     }
 
-    fn hold(&mut self, hash: BlockHash, slot: Slot) {
-        let word = match self.blocks.entry(hash) {
-            Entry::Vacant(entry) => {
-                entry.insert(slot);
-                return;
-            }
-            Entry::Occupied(entry) => entry.into_mut(),
-        };
-        if *word & SHARED != 0 {
-            self.sets[(*word & !SHARED) as usize].insert(slot, self.nodes.len());
+    fn hold(&mut self, key: Key, slot: Slot) {
+        let word = Word::of(self.blocks.get(key.0));
+        if let Some(place) = word.place() {
+            self.sets[place].insert(slot, self.nodes.len());
             return;
         }
-        let pair = Holders::List(vec![slot.min(*word), slot.max(*word)]);
+        let (slots, count) = word.slots();
+        let at = slots[..count].partition_point(|held| *held < slot);
+        let mut all = [NO_SLOT; FEW + 1];
+        all[..at].copy_from_slice(&slots[..at]);
+        all[at] = slot;
+        all[at + 1..=count].copy_from_slice(&slots[at..count]);
+        if count < FEW {
+            self.blocks.set(key.0, Word::few(&all[..=count]).0);
+            return;
+        }
+        let list = Holders::List(all.to_vec());
         let place = match self.free_sets.pop() {
             Some(place) => {
-                self.sets[place as usize] = pair;
+                self.sets[place] = list;
                 place
             }
             None => {
-                self.sets.push(pair);
-                u32::try_from(self.sets.len() - 1)
-                    .expect("a set has two locations, and memory ends before 2^32 of them")
+                self.sets.push(list);
+                self.sets.len() - 1
             }
         };
-        *word = SHARED | place;
+        self.blocks.set(key.0, Word::set(place).0);
     }
 
-    fn release(&mut self, hash: &BlockHash, slot: Slot) {
-        let Some(word) = self.blocks.get_mut(hash) else { return };
-        if *word & SHARED == 0 {
-            self.blocks.remove(hash);
+    fn release(&mut self, key: Key, slot: Slot) {
+        let word = Word::of(self.blocks.get(key.0));
+        let Some(place) = word.place() else {
+            let (slots, count) = word.slots();
+            let mut left = slots;
+            let at = slots[..count].partition_point(|held| *held < slot);
+            left.copy_within(at + 1.., at);
+            if count <= 1 {
+                self.blocks.remove(key.0);
+            } else {
+                self.blocks.set(key.0, Word::few(&left[..count - 1]).0);
+            }
             return;
-        }
-        let place = *word & !SHARED;
-        if let Some(last) = self.sets[place as usize].remove(slot, self.nodes.len()) {
-            *word = last;
-            self.sets[place as usize] = Holders::List(Vec::new());
+        };
+        if let Some(few) = self.sets[place].remove(slot, self.nodes.len()) {
+            self.blocks.set(key.0, few.0);
+            self.sets[place] = Holders::List(Vec::new());
             self.free_sets.push(place);
         }
     }
 
-    fn all(&self, word: u32) -> Alive {
-        if word & SHARED == 0 {
-            return Alive::List(vec![word]);
-        }
-        match &self.sets[(word & !SHARED) as usize] {
-            Holders::List(list) => Alive::List(list.clone()),
-            Holders::Bits { words, .. } => Alive::Bits(words.clone()),
+    fn all(&self, word: Word) -> Alive {
+        match word.place().map(|place| &self.sets[place]) {
+            None => {
+                let (slots, count) = word.slots();
+                Alive::List(slots[..count].to_vec())
+            }
+            Some(Holders::List(list)) => Alive::List(list.clone()),
+            Some(Holders::Bits { words, .. }) => Alive::Bits(words.clone()),
         }
     }
 }
@@ -330,28 +393,25 @@ impl Holders {
         }
     }
 
-    /// Takes out a slot that is in it; gives the one that is left where only one is.
-    fn remove(&mut self, slot: Slot, nodes: usize) -> Option<Slot> {
+    /// Takes out a slot that is in it; gives those that are left where they need no set.
+    fn remove(&mut self, slot: Slot, nodes: usize) -> Option<Word> {
         match self {
             Self::List(list) => {
                 list.retain(|held| *held != slot);
-                match list.as_slice() {
-                    [last] => Some(*last),
-                    _ => None,
-                }
+                (list.len() <= FEW).then(|| Word::few(list))
             }
             Self::Bits { words, count } => {
                 words[slot as usize / 64] &= !(1 << (slot % 64));
                 *count -= 1;
                 // Half of what made it bits: a block at the border does not change its form each time.
-                if !bits_are_smaller(*count as usize * 2, nodes) || *count == 1 {
-                    let mut list = Vec::with_capacity(*count as usize);
-                    each_bit(words, |held| list.push(held));
-                    let last = (list.len() == 1).then(|| list[0]);
-                    *self = Self::List(list);
-                    return last;
+                if bits_are_smaller(*count as usize * 2, nodes) && *count as usize > FEW {
+                    return None;
                 }
-                None
+                let mut list = Vec::with_capacity(*count as usize);
+                each_bit(words, |held| list.push(held));
+                let few = (list.len() <= FEW).then(|| Word::few(&list));
+                *self = Self::List(list);
+                few
             }
         }
     }
@@ -380,6 +440,14 @@ enum Alive {
 }
 
 impl Alive {
+    /// How many; with bits not fewer than that.
+    fn len(&self) -> usize {
+        match self {
+            Self::List(list) => list.len(),
+            Self::Bits(words) => words.len() * 64,
+        }
+    }
+
     fn is_empty(&self) -> bool {
         match self {
             Self::List(list) => list.is_empty(),
@@ -520,7 +588,7 @@ mod tests {
         (0..70).for_each(|node| index.drop_node(Instance(node)));
         index.drop_node(Instance(700));
         assert_eq!(index.locations(), 0);
-        assert!(index.blocks.is_empty() && index.slots.is_empty() && index.free_sets.len() == index.sets.len());
+        assert!(index.blocks.len() == 0 && index.slots.is_empty() && index.free_sets.len() == index.sets.len());
     }
 
     /// Sizes at which a table has just doubled are the worst.

@@ -6,6 +6,7 @@
 //! token, attention per pair of tokens. A decode step of `s` sequences takes `a + b s`. A hand-over of `n` tokens is exposed
 //! for `a + b n`.
 
+use crate::digest::Digests;
 use crate::regression::Regression;
 use baton_types::Instance;
 use std::collections::HashMap;
@@ -137,8 +138,8 @@ impl StepModel {
 #[derive(Debug)]
 pub struct HandoverTimes {
     limit: usize,
-    senders: HashMap<Instance, Regression<2>>,
-    pairs: HashMap<(Instance, Instance), Regression<2>>,
+    senders: HashMap<Instance, Regression<2>, Digests>,
+    pairs: HashMap<(Instance, Instance), Regression<2>, Digests>,
 }
 
 fn handover_features(tokens: u64) -> [f64; 2] {
@@ -150,8 +151,8 @@ impl HandoverTimes {
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
-            senders: HashMap::new(),
-            pairs: HashMap::new(),
+            senders: HashMap::default(),
+            pairs: HashMap::default(),
         }
     }
 

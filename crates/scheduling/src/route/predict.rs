@@ -81,13 +81,24 @@ pub(super) fn pair(request: &RouteRequest<'_>, prefill: &NodeView, decode: &Node
     }
 }
 
-/// One decode node does both.
-pub(super) fn alone(request: &RouteRequest<'_>, decode: &NodeView) -> Candidate {
+/// Seconds of one decode node's doing both: its queue, the prompt, a step, and what all of it costs.
+fn alone_seconds(request: &RouteRequest<'_>, decode: &NodeView) -> (f64, f64, f64, f64) {
     let (queue, compute) = prefill_seconds(request, decode);
     // Those that wait there for another node's KV do not wait for compute.
     let queue = if decode.queued_tokens == 0 { 0.0 } else { queue };
     let (decoding, itl) = decode_seconds(request, decode);
     let stalled = compute * f64::from(decode.running_requests.max(1));
+    (queue, compute, itl, queue + compute + stalled + decoding)
+}
+
+/// What one decode node's doing both costs.
+pub(super) fn alone_cost(request: &RouteRequest<'_>, decode: &NodeView) -> f64 {
+    alone_seconds(request, decode).3
+}
+
+/// One decode node does both.
+pub(super) fn alone(request: &RouteRequest<'_>, decode: &NodeView) -> Candidate {
+    let (queue, compute, itl, cost) = alone_seconds(request, decode);
     Candidate {
         prefill: None,
         decode: decode.instance,
@@ -101,7 +112,7 @@ pub(super) fn alone(request: &RouteRequest<'_>, decode: &NodeView) -> Candidate 
             prefill: duration(compute),
             handover: Duration::ZERO,
             itl: duration(itl),
-            cost: queue + compute + stalled + decoding,
+            cost,
         },
     }
 }

@@ -1,6 +1,6 @@
 //! The policies: which few nodes of each role are worth weighing.
 
-use super::predict::{decode_seconds, prefill_seconds};
+use super::predict::{alone_cost, decode_seconds, prefill_seconds};
 use super::{NodeView, RouteRequest};
 use std::fmt;
 use std::str::FromStr;
@@ -81,9 +81,7 @@ pub(super) fn decode<'a>(request: &RouteRequest<'_>, open: &[&'a NodeView]) -> V
 /// The decode nodes worth weighing for doing it alone.
 pub(super) fn alone<'a>(request: &RouteRequest<'_>, open: &[&'a NodeView]) -> Vec<&'a NodeView> {
     let load = |node: &NodeView| (u64::from(node.sequences()), 0, node.instance);
-    pick(request, open, 1, load, |node| {
-        super::predict::alone(request, node).predicted.cost
-    })
+    pick(request, open, 1, load, |node| alone_cost(request, node))
 }
 
 fn pick<'a, L: Ord>(
