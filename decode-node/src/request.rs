@@ -43,6 +43,8 @@ pub(crate) enum End {
     /// The coordinator is gone.
     Gone,
     Deadline,
+    /// The node is to be empty, and the request has had its time.
+    Overdue,
     Status(Status),
     Sequence(SequenceError),
     /// What was handed over cannot be gone on from.
@@ -67,7 +69,7 @@ impl DecodeRequest {
         stream: EventStream<v1::DecodeCommand>,
         out: mpsc::Sender<Result<v1::DecodeEvent, Status>>,
     ) {
-        let role = host.identity().role;
+        let role = host.role();
         let mut commands = Commands::new(stream);
         let opened = tokio::select! {
             () = out.closed() => return,
@@ -96,11 +98,12 @@ impl DecodeRequest {
             // The stream that the coordinator dropped: nobody wants the request any more.
             () = out.closed() => Err(End::Gone),
             () = host.clock().sleep_until(deadline) => Err(End::Deadline),
+            () = host.overdue() => Err(End::Overdue),
             result = request.serve(local) => result,
         };
         // Blocks first, then the last word: who reads it finds them free.
         drop(request);
-        let (outcome, last) = Self::last_word(result);
+        let (outcome, last) = Self::last_word(&host, result);
         outcome.count(role);
         tracing::debug!(%request_id, outcome = outcome.name(), "decode ended");
         let Some(last) = last else { return };
@@ -127,7 +130,7 @@ impl DecodeRequest {
         Ok((work, open.local_prefill))
     }
 
-    fn last_word(result: Result<(), End>) -> (Outcome, Option<Result<v1::DecodeEvent, Status>>) {
+    fn last_word(host: &Host, result: Result<(), End>) -> (Outcome, Option<Result<v1::DecodeEvent, Status>>) {
         let event = |event| Some(Ok(v1::DecodeEvent { event: Some(event) }));
         match result {
             Ok(()) => (Outcome::Done, None),
@@ -137,6 +140,7 @@ impl DecodeRequest {
                 event(Event::Finished(finished(FinishReason::Cancelled, 0, Duration::ZERO))),
             ),
             Err(End::Deadline) => (Outcome::Deadline, event(Event::Failed(work::deadline_failed()))),
+            Err(End::Overdue) => (Outcome::Failed, event(Event::Failed(work::overdue_failed(host)))),
             Err(End::Status(status)) => (Outcome::Refused, Some(Err(status))),
             Err(End::Sequence(error)) => (Outcome::Failed, event(Event::Failed(work::sequence_failed(&error)))),
             Err(End::BadHandover(reason)) => {

@@ -32,6 +32,8 @@ pub(crate) struct PrefillRequest {
 enum End {
     Cancelled,
     Deadline,
+    /// The node is to be empty, and the request has had its time.
+    Overdue,
     Sequence(SequenceError),
     Transfer(TransferError),
 }
@@ -89,11 +91,12 @@ impl PrefillRequest {
         let (host, out) = (self.host.clone(), self.out.clone());
         let request_id = self.work.request_id;
         let (clock, deadline) = (host.clock(), self.deadline);
-        let role = host.identity().role;
+        let role = host.role();
         let result = tokio::select! {
             // The stream that the coordinator dropped: nobody wants the request any more.
             () = out.closed() => Err(End::Cancelled),
             () = clock.sleep_until(deadline) => Err(End::Deadline),
+            () = host.overdue() => Err(End::Overdue),
             result = self.hand_over() => result,
         };
         drop(self);
@@ -101,6 +104,7 @@ impl PrefillRequest {
             Ok(()) => (Outcome::Done, None),
             Err(End::Cancelled) => (Outcome::Cancelled, None),
             Err(End::Deadline) => (Outcome::Deadline, Some(work::deadline_failed())),
+            Err(End::Overdue) => (Outcome::Failed, Some(work::overdue_failed(&host))),
             Err(End::Sequence(error)) => {
                 host.note_error(&error);
                 (Outcome::Failed, Some(work::sequence_failed(&error)))

@@ -196,9 +196,14 @@ impl Cluster {
         Ok(InferenceClient::new(self.channel().await?))
     }
 
+    /// The operator's door.
+    pub async fn admin(&self) -> Result<AdminClient<Channel>> {
+        Ok(AdminClient::new(self.channel().await?))
+    }
+
     /// What the operator's door says of the cluster.
     pub async fn status(&self) -> Result<v1::ClusterStatusResponse> {
-        let mut admin = AdminClient::new(self.channel().await?);
+        let mut admin = self.admin().await?;
         Ok(admin.cluster_status(v1::ClusterStatusRequest {}).await?.into_inner())
     }
 

@@ -162,9 +162,14 @@ impl Process {
     /// SIGTERM, and its exit code.
     pub async fn terminate(&mut self, limit: Duration) -> Result<i32> {
         self.signal("TERM").await?;
+        self.ended(limit).await
+    }
+
+    /// Its exit code, once it ends by itself.
+    pub async fn ended(&mut self, limit: Duration) -> Result<i32> {
         let status = timeout(limit, self.child.wait()).await;
         let status =
-            status.with_context(|| format!("{} ignored SIGTERM for {limit:?}:\n{}", self.name, self.log()))??;
+            status.with_context(|| format!("{} did not end within {limit:?}:\n{}", self.name, self.log()))??;
         status
             .code()
             .with_context(|| format!("{} ended by a signal", self.name))

@@ -485,4 +485,8 @@ impl Node for Server {
         self.script.lock().unwrap().clone_from(&Script::Full);
         Ok(Response::new(v1::DrainResponse {}))
     }
+
+    async fn set_role(&self, _: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
+        Err(Status::failed_precondition("role: a fake has one"))
+    }
 }

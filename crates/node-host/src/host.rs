@@ -3,13 +3,15 @@
 use crate::blocks::PoolBlocks;
 use crate::engine::{self, Ending, EngineHandle, EngineParts};
 use crate::errors::LastErrors;
+use crate::phase::{Phase, RoleRefused};
 use baton_engine::{Backend, BlockPool, ModelConfig};
 use baton_kv_transfer::Endpoint;
-use baton_node_runtime::{CancellationToken, Clock, Supervisor, TaskHandle};
+use baton_node_runtime::{Clock, Supervisor, TaskHandle};
 use baton_types::{ArenaView, CacheScope, Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, NumericsId};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// Who a node is.
 #[derive(Debug, Clone)]
@@ -18,7 +20,7 @@ pub struct NodeIdentity {
     pub node_id: NodeId,
     /// This life of its process.
     pub instance: Instance,
-    /// What it does.
+    /// What it does when it comes up; [`Host::role`] is what it does now.
     pub role: NodeRole,
 }
 
@@ -87,8 +89,7 @@ struct Inner {
     clock: Clock,
     supervisor: Supervisor,
     errors: LastErrors,
-    draining: CancellationToken,
-    drain_ms: AtomicU64,
+    phase: watch::Sender<Phase>,
     /// Requests from admission to their last word.
     requests: AtomicUsize,
 }
@@ -123,6 +124,7 @@ impl Host {
             stub: backend.is_stub(),
             geometry: *arena.geometry(),
         };
+        let phase = watch::Sender::new(Phase::new(identity.role));
         let ending = Ending::new(backend.config(), &eos_tokens);
         let room = endpoint.clone();
         let engine_parts = EngineParts {
@@ -155,8 +157,7 @@ impl Host {
             clock,
             supervisor,
             errors: LastErrors::default(),
-            draining: CancellationToken::new(),
-            drain_ms: AtomicU64::new(0),
+            phase,
             requests: AtomicUsize::new(0),
         }))
     }
@@ -221,25 +222,75 @@ impl Host {
         self.0.errors.push(&self.0.clock, error);
     }
 
-    /// Takes no new work from now on, and gives what runs so long to end. The first call counts.
-    pub fn begin_drain(&self, deadline: Duration) {
-        if !self.0.draining.is_cancelled() {
-            self.0.drain_ms.store(
-                u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
-                Ordering::Release,
-            );
-            self.0.draining.cancel();
+    /// Where it is in its life.
+    pub fn phase(&self) -> Phase {
+        *self.0.phase.borrow()
+    }
+
+    /// The role whose requests it has.
+    pub fn role(&self) -> NodeRole {
+        self.phase().role
+    }
+
+    /// Tells of every change of phase.
+    pub fn phases(&self) -> watch::Receiver<Phase> {
+        self.0.phase.subscribe()
+    }
+
+    /// Waits until the phase is such.
+    pub async fn until_phase(&self, such: impl FnMut(&Phase) -> bool) -> Phase {
+        let mut phases = self.phases();
+        let found = phases.wait_for(such).await.ok().map(|phase| *phase);
+        match found {
+            Some(phase) => phase,
+            // Never: the sender lives in this host.
+            None => std::future::pending().await,
         }
     }
 
-    /// How long what runs may take to end.
-    pub fn drain_deadline(&self) -> Duration {
-        Duration::from_millis(self.0.drain_ms.load(Ordering::Acquire))
+    /// Waits until it takes no new work.
+    pub async fn stops(&self) {
+        self.until_phase(|phase| !phase.takes_work()).await;
     }
 
-    /// Cancelled once it takes no new work.
-    pub fn draining(&self) -> &CancellationToken {
-        &self.0.draining
+    /// Waits until what still runs has had its time.
+    pub async fn overdue(&self) {
+        self.until_phase(|phase| phase.overdue).await;
+    }
+
+    /// Takes no new work from now on, and gives what runs so long to end. The first call counts.
+    pub fn begin_drain(&self, within: Duration) {
+        self.0.phase.send_if_modified(|phase| phase.leave(within));
+    }
+
+    /// Takes no new work from now on, and takes up this role once it is empty.
+    ///
+    /// # Errors
+    /// Where it is on its way to something else.
+    pub fn begin_role_change(&self, to: NodeRole, within: Duration) -> Result<(), RoleRefused> {
+        let mut result = Ok(());
+        self.0.phase.send_if_modified(|phase| {
+            let changed = phase.change(self.identity().node_id.as_str(), to, within);
+            let modified = changed == Ok(true);
+            result = changed.map(drop);
+            modified
+        });
+        result
+    }
+
+    /// It is empty and has taken up its new role; false where it is to leave instead.
+    pub(crate) fn end_role_change(&self) -> bool {
+        self.0.phase.send_if_modified(Phase::changed)
+    }
+
+    /// What still runs has had its time.
+    pub(crate) fn expire(&self) {
+        self.0.phase.send_modify(Phase::expire);
+    }
+
+    /// Nothing of a request is left: not one that lives, nor blocks that a hand-over reads.
+    pub fn is_empty(&self) -> bool {
+        self.requests() == 0 && self.endpoint().stats().handovers_out == 0
     }
 
     /// Counts a request until the guard is dropped.

@@ -8,8 +8,10 @@ use crate::error::BringUpError;
 use crate::host::{Host, NodeIdentity, NodeLimits, NodeParts};
 use crate::model::{self, LoadedModel};
 use crate::options::NodeOptions;
+use crate::phase::Goal;
+use crate::roles::Roles;
 use crate::self_test;
-use crate::service::{self, NodeService, Role};
+use crate::service::{self, NodeService};
 use baton_cluster_state::{NodeRecord, Registration, Store};
 use baton_engine::BlockPool;
 use baton_kv_transfer::{Endpoint, Identity};
@@ -19,7 +21,6 @@ use baton_node_runtime::{
 use baton_proto::v1::node_server::NodeServer;
 use baton_types::{Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tonic::transport::Server;
@@ -31,6 +32,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const MESSAGE_BYTES_MAX: usize = 32 << 20;
 /// How long tasks may take to end once nothing is left to do.
 const JOIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long requests may take to end once their time is over: they only say so.
+const GIVE_UP: Duration = Duration::from_secs(3);
 /// How often a draining node looks whether it is empty.
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
 /// How often block states are shown as metrics.
@@ -39,31 +42,31 @@ const SHOW_EVERY: Duration = Duration::from_secs(1);
 /// Version of this binary, as peers and records see it.
 pub const BUILD: &str = env!("CARGO_PKG_VERSION");
 
-/// Runs one node until the process is told to end or the node is drained. `make_role` gets the node once it stands.
+/// Runs one node until the process is told to end or the node is drained. `make_roles` gets the node once it stands.
 ///
 /// # Errors
 /// Whatever kept it from coming up, or broke it.
-pub async fn run(
+pub async fn run<R: Into<Roles>>(
     options: NodeOptions,
     role: NodeRole,
-    make_role: impl FnOnce(Host) -> Arc<dyn Role>,
+    make_roles: impl FnOnce(Host) -> R,
     supervisor: Supervisor,
 ) -> Result<(), BringUpError> {
     options.validate()?;
     let metrics = telemetry::init(&options.process.telemetry)?;
     describe_metrics();
     options.process.watch_for_end(&supervisor);
-    run_beside_others(options, role, make_role, metrics, supervisor).await
+    run_beside_others(options, role, make_roles, metrics, supervisor).await
 }
 
 /// As [`run`] in a process that holds several roles: its logs, metrics and signals are the caller's business.
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_beside_others(
+pub async fn run_beside_others<R: Into<Roles>>(
     options: NodeOptions,
     role: NodeRole,
-    make_role: impl FnOnce(Host) -> Arc<dyn Role>,
+    make_roles: impl FnOnce(Host) -> R,
     metrics: Metrics,
     supervisor: Supervisor,
 ) -> Result<(), BringUpError> {
@@ -71,7 +74,7 @@ pub async fn run_beside_others(
     model::check_model(&options)?;
     model::check_kv_bytes(&options)?;
     let inner = Supervisor::new();
-    let result = live(&options, role, make_role, metrics, &supervisor, &inner).await;
+    let result = live(&options, role, make_roles, metrics, &supervisor, &inner).await;
     inner.begin_shutdown();
     if let Err(tasks) = inner.join(JOIN_DEADLINE).await {
         tracing::warn!(?tasks, "tasks still run at the end");
@@ -82,10 +85,10 @@ pub async fn run_beside_others(
     }
 }
 
-async fn live(
+async fn live<R: Into<Roles>>(
     options: &NodeOptions,
     role: NodeRole,
-    make_role: impl FnOnce(Host) -> Arc<dyn Role>,
+    make_roles: impl FnOnce(Host) -> R,
     metrics: baton_node_runtime::Metrics,
     supervisor: &Supervisor,
     inner: &Supervisor,
@@ -111,9 +114,9 @@ async fn live(
             return Err(error);
         }
     };
-    let role = make_role(host.clone());
+    let roles = make_roles(host.clone()).into();
     let digest = card.digest();
-    let service = NodeService::new(host.clone(), role, card.to_bytes());
+    let service = NodeService::new(host.clone(), roles, card.to_bytes());
     serve(listener, service, inner).await?;
     let (peer, facts) = (host.endpoint().peer(), host.model().clone());
     let blocks = host.pool().counts().total;
@@ -147,14 +150,46 @@ async fn live(
     });
     show_blocks(&host, inner);
     let broken = inner.shutdown_token();
-    let deadline = tokio::select! {
-        () = ends.cancelled() => options.drain_timeout,
-        () = host.draining().cancelled() => host.drain_deadline(),
-        () = broken.cancelled() => Duration::ZERO,
+    let deadline = loop {
+        tokio::select! {
+            () = ends.cancelled() => break options.drain_timeout,
+            () = broken.cancelled() => break Duration::ZERO,
+            phase = host.until_phase(|phase| !phase.takes_work()) => match phase.goal {
+                Goal::Leave { within } => break within,
+                Goal::Change { to, within } => tokio::select! {
+                    () = ends.cancelled() => break options.drain_timeout,
+                    () = broken.cancelled() => break Duration::ZERO,
+                    () = change_role(&host, &registration, options, to, within) => {}
+                },
+                Goal::Work => {}
+            },
+        }
     };
     readiness.set(false, "draining");
     leave(&host, registration, deadline).await;
     Ok(())
+}
+
+/// Takes up another role once what the present one has is gone. Nothing is loaded again, and the cache stays. Given up where
+/// the node is to leave meanwhile; where this future is dropped, nothing has changed.
+async fn change_role(host: &Host, registration: &Registration, options: &NodeOptions, to: NodeRole, within: Duration) {
+    let (from, node_id) = (host.role(), &host.identity().node_id);
+    tracing::info!(%node_id, role = %from, %to, requests = host.requests(), "changing role");
+    registration.update(|record| record.state = NodeState::Draining).await;
+    if !emptied(host, within).await {
+        tracing::error!(%node_id, requests = host.requests(), "requests do not end, so the role changes under them");
+    }
+    if host.phase().leaves() {
+        return;
+    }
+    host.engine().set_running_max(options.running_max(to));
+    // The record first: whoever hears by heartbeat that the node is ready must not take it for one of the old role.
+    registration
+        .update(|record| (record.role, record.state) = (to, NodeState::Ready))
+        .await;
+    if host.end_role_change() {
+        tracing::info!(%node_id, role = %to, "ready in another role");
+    }
 }
 
 /// Does `work` unless the process is told to end first.
@@ -280,7 +315,7 @@ async fn come_up(
 async fn serve(listener: TcpListener, service: NodeService, inner: &Supervisor) -> Result<(), BringUpError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<NodeServer<NodeService>>().await;
-    let draining = service.host().draining().clone();
+    let host = service.host().clone();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(baton_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -309,7 +344,7 @@ async fn serve(listener: TcpListener, service: NodeService, inner: &Supervisor) 
     });
     inner.spawn("health", async move {
         tokio::select! {
-            () = draining.cancelled() => health.set_not_serving::<NodeServer<NodeService>>().await,
+            _ = host.until_phase(|phase| phase.leaves()) => health.set_not_serving::<NodeServer<NodeService>>().await,
             () = shutdown.cancelled() => {}
         }
     });
@@ -329,19 +364,39 @@ fn show_blocks(host: &Host, inner: &Supervisor) {
     });
 }
 
-/// Takes no new work, lets what runs finish within `deadline`, leaves the cluster.
-async fn leave(host: &Host, registration: Registration, deadline: Duration) {
-    host.begin_drain(deadline);
+/// Waits until nothing of a request is left. What runs after `within` is told to give up, so that it is done anew elsewhere;
+/// false where even that does not help. A node that is told to leave while it changes its role stops waiting.
+async fn emptied(host: &Host, within: Duration) -> bool {
     let clock = host.clock();
-    tracing::info!(requests = host.requests(), "draining");
-    registration.update(|record| record.state = NodeState::Draining).await;
+    let goal = host.phase().goal;
     let empty = async {
-        while host.requests() > 0 || host.endpoint().stats().handovers_out > 0 {
+        while !host.is_empty() && host.phase().goal == goal {
             clock.sleep(DRAIN_LOOK).await;
         }
     };
-    if clock.timeout(deadline, empty).await.is_err() {
-        tracing::warn!(requests = host.requests(), "drain deadline passed, requests are ended");
+    if clock.timeout(within, empty).await.is_ok() {
+        return true;
+    }
+    tracing::warn!(requests = host.requests(), "drain deadline passed, requests are ended");
+    host.expire();
+    let empty = async {
+        while !host.is_empty() {
+            clock.sleep(DRAIN_LOOK).await;
+        }
+    };
+    clock.timeout(GIVE_UP, empty).await.is_ok()
+}
+
+/// Takes no new work, lets what runs finish within `deadline`, leaves the cluster.
+async fn leave(host: &Host, registration: Registration, deadline: Duration) {
+    host.begin_drain(deadline);
+    tracing::info!(requests = host.requests(), "draining");
+    registration.update(|record| record.state = NodeState::Draining).await;
+    if !emptied(host, deadline).await {
+        tracing::warn!(
+            requests = host.requests(),
+            "requests do not end, the node leaves without them"
+        );
     }
     registration.deregister().await;
     host.stop_engine().await;

@@ -1,14 +1,13 @@
 //! The gRPC service `baton.v1.Node`: wire forms in, wire forms out. What a request means is the role's business.
 
 use crate::host::Host;
+use crate::phase::RoleRefused;
+use crate::roles::{EventStream, Roles};
 use baton_kv_transfer::{PathKind, PathStats};
 use baton_node_runtime::process;
+use baton_proto::convert;
 use baton_proto::v1::{self, node_server::Node};
-use baton_types::NodeState;
 use bytes::Bytes;
-use futures::Stream;
-use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -21,44 +20,26 @@ const CARD_PIECE_BYTES: usize = 1 << 20;
 const HEARTBEAT_LEAST: Duration = Duration::from_millis(50);
 /// Heartbeats come so often where nothing is asked.
 const HEARTBEAT_DEFAULT: Duration = Duration::from_millis(500);
-/// A drain that names no deadline.
+/// A drain or a change of role that names no deadline.
 const DRAIN_DEFAULT: Duration = Duration::from_secs(120);
 /// While it computes, or has very many blocks, the block pool is checked on one heartbeat in so many.
 const INTEGRITY_EVERY: u32 = 16;
 /// More blocks take a millisecond or so to check, during which nobody gets one.
 const INTEGRITY_BLOCKS: u32 = 100_000;
 
-/// A stream of messages of one request. Dropping it cancels the request.
-pub type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-/// What a node does for requests.
-pub trait Role: Send + Sync + 'static {
-    /// One attempt at prefilling a request and handing it over.
-    ///
-    /// # Errors
-    /// Where the request is not taken.
-    fn prefill(&self, request: v1::PrefillRequest) -> Result<EventStream<v1::PrefillEvent>, Status>;
-
-    /// One request's stay on a decode node. Refusals come in the stream.
-    ///
-    /// # Errors
-    /// Where the node does not decode at all.
-    fn decode(&self, commands: EventStream<v1::DecodeCommand>) -> Result<EventStream<v1::DecodeEvent>, Status>;
-}
-
 /// The service.
 pub struct NodeService {
     host: Host,
-    role: Arc<dyn Role>,
+    roles: Roles,
     card: Bytes,
 }
 
 impl NodeService {
-    /// Serves `role`; `card` is the encoded model card.
-    pub fn new(host: Host, role: Arc<dyn Role>, card: Vec<u8>) -> Self {
+    /// Serves the host's present role; `card` is the encoded model card.
+    pub fn new(host: Host, roles: Roles, card: Vec<u8>) -> Self {
         Self {
             host,
-            role,
+            roles,
             card: card.into(),
         }
     }
@@ -66,6 +47,17 @@ impl NodeService {
     /// The node that it serves.
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// Whoever names a node means this one; nobody need name it.
+    fn check_name(&self, named: &str) -> Result<(), Status> {
+        let own = self.host.identity().node_id.as_str();
+        if named.is_empty() || named == own {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!(
+            "node_id is {named}; this is {own}"
+        )))
     }
 }
 
@@ -147,19 +139,14 @@ pub fn show_blocks(host: &Host) {
 }
 
 fn heartbeat(host: &Host, beat: u32) -> v1::HeartbeatResponse {
-    let identity = host.identity();
-    let state = if host.draining().is_cancelled() {
-        NodeState::Draining
-    } else {
-        NodeState::Ready
-    };
+    let (identity, phase) = (host.identity(), host.phase());
     let few = host.pool().counts().total <= INTEGRITY_BLOCKS;
     let check = (few && host.requests() == 0) || beat.is_multiple_of(INTEGRITY_EVERY);
     v1::HeartbeatResponse {
         node_id: identity.node_id.to_string(),
         instance: identity.instance.to_string(),
-        role: v1::NodeRole::from(identity.role) as i32,
-        state: state.to_string(),
+        role: v1::NodeRole::from(phase.role) as i32,
+        state: phase.state().to_string(),
         load: Some(load(host, check)),
     }
 }
@@ -178,7 +165,7 @@ impl Node for NodeService {
             .as_ref()
             .map(|work| work.request_id.clone())
             .unwrap_or_default();
-        let mut response = Response::new(self.role.prefill(request)?);
+        let mut response = Response::new(self.roles.of(self.host.role()).prefill(request)?);
         if let Ok(value) = request_id.parse() {
             response.metadata_mut().insert("x-request-id", value);
         }
@@ -189,7 +176,8 @@ impl Node for NodeService {
         &self,
         request: Request<Streaming<v1::DecodeCommand>>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
-        Ok(Response::new(self.role.decode(Box::pin(request.into_inner()))?))
+        let role = self.roles.of(self.host.role());
+        Ok(Response::new(role.decode(Box::pin(request.into_inner()))?))
     }
 
     async fn model_card(
@@ -220,23 +208,17 @@ impl Node for NodeService {
         let (tx, rx) = mpsc::channel(1);
         let host = self.host.clone();
         self.host.supervisor().spawn("heartbeat", async move {
-            let shutdown = host.supervisor().shutdown_token();
+            let (shutdown, mut phases) = (host.supervisor().shutdown_token(), host.phases());
             let mut beat = 0;
             loop {
                 if tx.send(Ok(heartbeat(&host, beat))).await.is_err() {
                     return;
                 }
                 beat = beat.wrapping_add(1);
-                // A drain is told at once, so that no more work is sent here for an interval.
-                let drained = async {
-                    if host.draining().is_cancelled() {
-                        std::future::pending::<()>().await;
-                    }
-                    host.draining().cancelled().await;
-                };
                 tokio::select! {
                     () = host.clock().sleep(interval) => {}
-                    () = drained => {}
+                    // A drain is told at once, so that no more work is sent here for an interval.
+                    _ = phases.changed() => {}
                     () = tx.closed() => return,
                     () = shutdown.cancelled() => return,
                 }
@@ -247,15 +229,23 @@ impl Node for NodeService {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let request = request.into_inner();
-        let own = self.host.identity().node_id.as_str();
-        if !request.node_id.is_empty() && request.node_id != own {
-            return Err(Status::failed_precondition(format!(
-                "node_id is {}; this is {own}",
-                request.node_id
-            )));
-        }
+        self.check_name(&request.node_id)?;
         self.host
             .begin_drain(request.deadline_ms.map_or(DRAIN_DEFAULT, Duration::from_millis));
         Ok(Response::new(v1::DrainResponse {}))
+    }
+
+    async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
+        let request = request.into_inner();
+        self.check_name(&request.node_id)?;
+        let role = convert::node_role(request.role)?;
+        let within = request.deadline_ms.map_or(DRAIN_DEFAULT, Duration::from_millis);
+        let refused = |refused: RoleRefused| Status::failed_precondition(refused.to_string());
+        let present = self.host.role();
+        if role != present && !self.roles.can_change() {
+            return Err(refused(RoleRefused::SingleRole { role: present }));
+        }
+        self.host.begin_role_change(role, within).map_err(refused)?;
+        Ok(Response::new(v1::SetRoleResponse {}))
     }
 }

@@ -11,7 +11,7 @@ use tonic::{Code, Status};
 /// Why a node does not take a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WorkRefused {
-    /// It finishes what it has.
+    /// It finishes what it has, to leave or to take up another role.
     #[error("node {node} is draining and takes no new work")]
     Draining {
         /// Its name.
@@ -74,7 +74,7 @@ impl From<WorkRefused> for Status {
 /// The first thing that speaks against it.
 pub fn check(host: &Host, work: &Work, instance: &str) -> Result<(), WorkRefused> {
     let identity = host.identity();
-    if host.draining().is_cancelled() {
+    if !host.phase().takes_work() {
         return Err(WorkRefused::Draining {
             node: identity.node_id.to_string(),
         });
@@ -246,6 +246,13 @@ pub fn sequence_failed(error: &SequenceError) -> v1::WorkFailed {
         SequenceError::ShuttingDown => Code::Unavailable,
     };
     failed(code, error.to_string(), error.is_retryable(), false)
+}
+
+/// The node has no more time for what it has, as an event.
+pub fn overdue_failed(host: &Host) -> v1::WorkFailed {
+    let node = &host.identity().node_id;
+    let message = format!("node {node} is draining, and its time for running requests is over");
+    failed(Code::Unavailable, message, true, false)
 }
 
 /// The deadline has passed, as an event.

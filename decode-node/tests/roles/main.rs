@@ -6,6 +6,8 @@
 
 mod harness;
 
+use baton_node_host::NodeService;
+use baton_proto::v1::node_server::Node;
 use baton_proto::v1::{self, decode_command::Command, prefill_event};
 use baton_types::{Attempt, Budget, NodeRole};
 use harness::{Shape, TestNode, eventually, run_alone, run_pair, soon};
@@ -392,4 +394,25 @@ async fn what_cannot_be_served_is_refused_with_its_reason() {
     drop(streams);
     p.stop().await;
     d.stop().await;
+}
+
+#[tokio::test]
+async fn a_program_of_one_role_says_so_when_it_is_to_change() {
+    let node = TestNode::start(NodeRole::Decode, Shape::default()).await;
+    let service = NodeService::new(node.host.clone(), node.role.clone().into(), Vec::new());
+    let ask = |role: v1::NodeRole| {
+        tonic::Request::new(v1::SetRoleRequest {
+            role: role.into(),
+            ..Default::default()
+        })
+    };
+    let refused = service.set_role(ask(v1::NodeRole::Prefill)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("decode-node has the decode role only"),
+        "{refused}"
+    );
+    service.set_role(ask(v1::NodeRole::Decode)).await.unwrap();
+    assert!(node.host.phase().takes_work(), "it is a decode node already");
+    node.stop().await;
 }

@@ -235,4 +235,8 @@ impl Node for Service {
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         Ok(Response::new(v1::DrainResponse {}))
     }
+
+    async fn set_role(&self, _: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
+        Err(Status::failed_precondition("role: an echo node has one"))
+    }
 }

@@ -1,4 +1,4 @@
-//! `baton.v1.Admin`: what the cluster looks like from here, and draining of a node.
+//! `baton.v1.Admin`: what the cluster looks like from here, draining of a node and changing its role.
 
 use super::convert::status;
 use super::explain::explanation;
@@ -12,6 +12,7 @@ use baton_proto::v1;
 use baton_proto::v1::admin_server::Admin;
 use baton_proto::v1::node_client::NodeClient;
 use std::time::Duration;
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 /// A node's last errors that are shown.
@@ -24,6 +25,22 @@ pub(super) struct AdminService {
     /// As operators know it.
     pub(super) store_name: String,
     pub(super) supervisor: Supervisor,
+}
+
+impl AdminService {
+    /// Whom to ask to do something to a node: itself.
+    fn node(&self, node_id: &str) -> Result<NodeClient<Channel>, Status> {
+        let nodes = self.coordinator.members().status();
+        if let Some(node) = nodes.iter().find(|node| node.record.node_id.as_str() == node_id) {
+            return Ok(NodeClient::new(node.channel.clone()));
+        }
+        let names: Vec<&str> = nodes.iter().map(|node| node.record.node_id.as_str()).collect();
+        let message = format!("node_id: no node `{node_id}`; there are: {}", names.join(", "));
+        Err(status(ApiError {
+            field: Some("node_id".into()),
+            ..ApiError::new(ApiCode::NotFound, message)
+        }))
+    }
 }
 
 #[tonic::async_trait]
@@ -58,23 +75,12 @@ impl Admin for AdminService {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let request = request.into_inner();
-        let nodes = self.coordinator.members().status();
-        let Some(node) = nodes
-            .iter()
-            .find(|node| node.record.node_id.as_str() == request.node_id)
-        else {
-            let names: Vec<&str> = nodes.iter().map(|node| node.record.node_id.as_str()).collect();
-            let message = format!(
-                "node_id: no node `{}`; there are: {}",
-                request.node_id,
-                names.join(", ")
-            );
-            return Err(status(ApiError {
-                field: Some("node_id".into()),
-                ..ApiError::new(ApiCode::NotFound, message)
-            }));
-        };
-        NodeClient::new(node.channel.clone()).drain(request).await
+        self.node(&request.node_id)?.drain(request).await
+    }
+
+    async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
+        let request = request.into_inner();
+        self.node(&request.node_id)?.set_role(request).await
     }
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {

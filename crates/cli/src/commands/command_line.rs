@@ -1,6 +1,6 @@
 //! The command line as a whole: which subcommands there are, and the runtime that each runs on.
 
-use super::{chat, coordinator, demo, drain, explain, model, node, status, up};
+use super::{chat, coordinator, demo, drain, explain, model, node, role, status, up};
 use anyhow::{Context, Result};
 use std::future::Future;
 use std::process::ExitCode;
@@ -35,6 +35,8 @@ enum Command {
     Explain(explain::Explain),
     /// Asks a node to leave once its requests are done
     Drain(drain::Drain),
+    /// Asks a node to take up the other role, prefill or decode
+    Role(role::Role),
     /// Fetches models
     Model(model::Model),
     /// Runs one node in this process
@@ -56,6 +58,7 @@ impl Baton {
             Command::Status(status) => block_on(status.run()),
             Command::Explain(explain) => block_on(explain.run()),
             Command::Drain(drain) => block_on(drain.run()),
+            Command::Role(role) => block_on(role.run()),
             Command::Model(model) => block_on(model.run()),
             Command::Node(node) => block_on(node.run()),
             Command::Coordinator(coordinator) => block_on(coordinator.run()),
@@ -98,6 +101,7 @@ mod tests {
             "status",
             "explain",
             "drain",
+            "role",
             "model",
             "node",
             "coordinator",

@@ -8,6 +8,7 @@ mod drain;
 mod explain;
 mod model;
 mod node;
+mod role;
 mod signals;
 mod status;
 mod up;

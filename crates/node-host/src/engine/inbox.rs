@@ -4,6 +4,7 @@ use super::gauges::Gauges;
 use super::sequence::SequenceSpec;
 use super::{Beginning, EngineLoad};
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -46,6 +47,8 @@ pub(super) struct Inbox {
     state: Mutex<State>,
     bell: Condvar,
     capacity: usize,
+    /// Sequences that may have blocks at once.
+    running_max: AtomicUsize,
 }
 
 /// What the engine thread found when it looked.
@@ -55,12 +58,17 @@ pub(super) struct Arrivals {
 }
 
 impl Inbox {
-    pub fn new(capacity: usize) -> Arc<Self> {
+    pub fn new(capacity: usize, running_max: usize) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
             bell: Condvar::new(),
             capacity,
+            running_max: AtomicUsize::new(running_max),
         })
+    }
+
+    pub fn running_max(&self) -> usize {
+        self.running_max.load(Ordering::Relaxed)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -128,6 +136,12 @@ impl EngineHandle {
         state.rung = true;
         self.inbox.bell.notify_one();
         Ok(())
+    }
+
+    /// So many sequences may have blocks at once from now on; those that have them keep them.
+    pub fn set_running_max(&self, running_max: usize) {
+        self.inbox.running_max.store(running_max, Ordering::Relaxed);
+        self.wake();
     }
 
     /// Something that the engine should look at has changed: a control flag, or room in the pool.

@@ -39,7 +39,7 @@ pub struct EngineParts {
 
 /// Starts the thread.
 pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -> (EngineHandle, TaskHandle) {
-    let inbox = Inbox::new(parts.queue_capacity);
+    let inbox = Inbox::new(parts.queue_capacity, parts.running_max);
     let gauges = Arc::new(Gauges::default());
     let handle = EngineHandle {
         inbox: inbox.clone(),
@@ -173,7 +173,7 @@ impl Runner {
             if !step::lets_in(&candidates, &waiters[next], &self.limits) {
                 return;
             }
-            let full = self.running.len() >= self.parts.running_max;
+            let full = self.running.len() >= self.inbox.running_max();
             if !full
                 && self.waiting[next]
                     .take_blocks(self.parts.blocks.pool(), &self.geometry)
