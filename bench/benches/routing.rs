@@ -121,7 +121,7 @@ impl World {
         }
         let mut handovers = HandoverTimes::new(65_536);
         for pair in 0..40_000 {
-            let (from, to) = (mix(pair) % NODES & !1, mix(!pair) % NODES | 1);
+            let (from, to) = ((mix(pair) % NODES) & !1, (mix(!pair) % NODES) | 1);
             handovers.handed_over(
                 instance(from),
                 instance(to),

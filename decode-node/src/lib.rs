@@ -5,6 +5,7 @@
 
 mod commands;
 mod frames;
+mod handing_on;
 mod request;
 mod role;
 mod tokens;

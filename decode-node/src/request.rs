@@ -9,7 +9,7 @@ use baton_engine::BlockTable;
 use baton_kv_transfer::{ExpectSpec, Incoming, IncomingEvent};
 use baton_node_host::engine::{Beginning, Control, SequenceError, SequenceEvent, SequenceSpec, Until};
 use baton_node_host::work::HandoverEnd;
-use baton_node_host::{CancelOnDrop, EventStream, FirstTokenPayload, Host, Outcome, work};
+use baton_node_host::{CancelOnDrop, EventStream, Host, LastWord, Outcome, work};
 use baton_node_runtime::Moment;
 use baton_proto::convert;
 use baton_proto::v1::{self, decode_event::Event};
@@ -32,7 +32,11 @@ pub(crate) struct DecodeRequest {
     pub host: Host,
     pub commands: Commands,
     pub deadline: Moment,
-    work: Work,
+    pub work: Work,
+    /// Tokens of the context that come with the hand-over, behind those of `work`.
+    ahead: usize,
+    /// Tokens generated so far, here and before, once the sequence runs.
+    pub generated: Vec<u32>,
     out: mpsc::Sender<Result<v1::DecodeEvent, Status>>,
 }
 
@@ -51,12 +55,27 @@ pub(crate) enum End {
     BadHandover(&'static str),
 }
 
+/// What was asked for.
+struct Opened {
+    work: Work,
+    local: bool,
+    ahead: usize,
+}
+
+/// A sequence in the engine.
+pub(crate) struct Running {
+    /// Ends it with the request.
+    pub guard: CancelOnDrop,
+    pub control: Arc<Control>,
+    pub events: mpsc::Receiver<SequenceEvent>,
+}
+
 /// What a hand-over brought.
 struct Handed {
     attempt: Attempt,
     table: BlockTable,
     held_blocks: usize,
-    first: FirstTokenPayload,
+    last_word: LastWord,
     bytes: u64,
     /// Kept as long as the request: later attempts are answered that this one was committed.
     incoming: Incoming,
@@ -81,7 +100,7 @@ impl DecodeRequest {
             tracing::debug!(code = ?status.code(), error = status.message(), "request refused");
             let _ = out.try_send(Err(status));
         };
-        let (work, local) = match opened.and_then(|open| Self::check(&host, open)) {
+        let Opened { work, local, ahead } = match opened.and_then(|open| Self::check(&host, open)) {
             Ok(checked) => checked,
             Err(status) => return refuse(status),
         };
@@ -92,6 +111,8 @@ impl DecodeRequest {
             commands,
             deadline,
             work,
+            ahead,
+            generated: Vec::new(),
             out: out.clone(),
         };
         let result = tokio::select! {
@@ -122,12 +143,18 @@ impl DecodeRequest {
         let _ = host.clock().timeout(OPEN_TIMEOUT, out.send(last)).await;
     }
 
-    fn check(host: &Host, open: v1::DecodeOpen) -> Result<(Work, bool), Status> {
+    fn check(host: &Host, open: v1::DecodeOpen) -> Result<Opened, Status> {
         let wire = open.work.ok_or(convert::ConvertError::Missing { field: "work" })?;
-        let work = Work::try_from(wire)?;
+        let (work, local, ahead) = (Work::try_from(wire)?, open.local_prefill, open.ahead as usize);
         work::check(host, &work, &open.instance)?;
+        let after = work.generated.len().saturating_add(ahead);
+        if ahead > 0 && (local || after >= work.sampling.max_tokens as usize) {
+            return Err(Status::invalid_argument(format!(
+                "ahead: {ahead}; such tokens come with a hand-over, and not beyond max_tokens"
+            )));
+        }
         work::check_place(host)?;
-        Ok((work, open.local_prefill))
+        Ok(Opened { work, local, ahead })
     }
 
     fn last_word(host: &Host, result: Result<(), End>) -> (Outcome, Option<Result<v1::DecodeEvent, Status>>) {
@@ -184,12 +211,9 @@ impl DecodeRequest {
         .await
     }
 
-    /// Brings the sequence to the engine; the guard ends it with the request.
-    fn submit(
-        &self,
-        beginning: Beginning,
-        generated: Vec<u32>,
-    ) -> Result<(CancelOnDrop, mpsc::Receiver<SequenceEvent>), Status> {
+    /// Brings the sequence to the engine, with what was generated before.
+    fn submit(&mut self, beginning: Beginning, generated: Vec<u32>) -> Result<Running, Status> {
+        self.generated.clone_from(&generated);
         let control = Control::new(true);
         // The engine never waits for a request, so all tokens to come have room; memory is taken as they come.
         let to_come = (self.work.sampling.max_tokens as usize).saturating_sub(generated.len());
@@ -208,24 +232,24 @@ impl DecodeRequest {
             control: control.clone(),
             events: progress,
         };
-        let guard = CancelOnDrop::new(control, self.host.engine().clone());
+        let guard = CancelOnDrop::new(control.clone(), self.host.engine().clone());
         self.host
             .engine()
             .submit(sequence)
             .map_err(|error| work::submit_status(&error))?;
-        Ok((guard, events))
+        Ok(Running { guard, control, events })
     }
 
     async fn serve_alone(&mut self) -> Result<(), End> {
         let submitted = self.submit(Beginning::Compute, self.work.generated.clone());
-        let (_guard, events) = submitted.map_err(End::Status)?;
+        let running = submitted.map_err(End::Status)?;
         self.accept().await?;
-        self.stream(events, None).await
+        self.stream(running, None).await
     }
 
     async fn serve_handed(&mut self) -> Result<(), End> {
         let geometry = self.host.model().geometry;
-        let context_tokens = self.work.context_tokens();
+        let context_tokens = self.work.context_tokens() + self.ahead;
         let now = self.host.clock().now();
         let expected = self.host.endpoint().expect(ExpectSpec {
             ticket: self.work.ticket,
@@ -243,21 +267,21 @@ impl DecodeRequest {
             attempt,
             table,
             held_blocks,
-            first,
+            last_word,
             bytes,
             incoming,
         } = handed;
         let _incoming = incoming;
-        if first.index as usize != self.work.generated.len() {
+        let Some((mut generated, index, token)) = self.goes_on_from(last_word) else {
             drop(table);
             self.host.endpoint().room_changed();
-            return Err(End::BadHandover("its first token has another index than was asked for"));
-        }
+            return Err(End::BadHandover("its tokens have other indexes than were asked for"));
+        };
         let held_tokens = held_blocks * geometry.block_tokens as usize;
         self.tell(Event::Committed(v1::Committed {
             attempt: attempt.0,
-            index: first.index,
-            token: first.token,
+            index,
+            token,
             handover_bytes: bytes,
             held_tokens: u32::try_from(held_tokens).unwrap_or(u32::MAX),
         }))
@@ -265,16 +289,33 @@ impl DecodeRequest {
         let finish = self
             .host
             .ending()
-            .finish(&self.work.sampling, context_tokens, first.index, first.token);
+            .finish(&self.work.sampling, context_tokens, index, token);
         if let Some(finish) = finish {
             drop(table);
             self.host.endpoint().room_changed();
             return self.tell(Event::Finished(finished(finish, 0, Duration::ZERO))).await;
         }
-        let mut generated = self.work.generated.clone();
-        generated.push(first.token);
-        let (_guard, events) = self.submit(Beginning::Resume(table), generated).map_err(End::Status)?;
-        self.stream(events, Some(began)).await
+        generated.push(token);
+        let running = self.submit(Beginning::Resume(table), generated).map_err(End::Status)?;
+        self.stream(running, Some(began)).await
+    }
+
+    /// The tokens of the context that were generated, then the place and the id of the one that the sequence goes on from;
+    /// none where that is not what was asked for.
+    fn goes_on_from(&self, word: LastWord) -> Option<(Vec<u32>, u32, u32)> {
+        let LastWord {
+            first_index,
+            mut tokens,
+        } = word;
+        let asked_for = first_index as usize == self.work.generated.len() && tokens.len() == self.ahead + 1;
+        let token = tokens.pop().filter(|_| asked_for)?;
+        let vocab = self.host.model().config.vocab;
+        if token >= vocab || tokens.iter().any(|token| *token >= vocab) {
+            return None;
+        }
+        let generated = [self.work.generated.as_slice(), &tokens].concat();
+        let index = u32::try_from(generated.len()).ok()?;
+        Some((generated, index, token))
     }
 
     /// Waits until one attempt's hand-over is committed. A failed attempt is told, and the next one waited for.
@@ -288,6 +329,9 @@ impl DecodeRequest {
                     Wish::Supersede(attempt) => {
                         failure = None;
                         incoming.supersede(attempt);
+                    }
+                    Wish::HandOn(_) => {
+                        return Err(End::Status(Status::invalid_argument("hand_on: no sequence runs here yet")));
                     }
                     Wish::Cancel => return Err(End::Cancelled),
                     Wish::Gone => return Err(End::Gone),
@@ -303,9 +347,9 @@ impl DecodeRequest {
                     }
                     IncomingEvent::Committed { attempt, blocks, held_blocks, payload, bytes, .. } => {
                         let table = table(blocks)?;
-                        let first = FirstTokenPayload::decode(&payload)
-                            .ok_or(End::BadHandover("its last word is no first token"))?;
-                        return Ok(Handed { attempt, table, held_blocks, first, bytes, incoming });
+                        let last_word = LastWord::decode(&payload)
+                            .ok_or(End::BadHandover("its last word is no token"))?;
+                        return Ok(Handed { attempt, table, held_blocks, last_word, bytes, incoming });
                     }
                 },
                 () = clock.sleep_until(due), if failure.is_some() => {

@@ -2,12 +2,13 @@
 
 use crate::commands::Wish;
 use crate::frames::{Frame, LocalPrefill};
-use crate::request::{DecodeRequest, End};
+use crate::handing_on::HandingOn;
+use crate::request::{DecodeRequest, End, Running};
+use baton_kv_transfer::TransferError;
 use baton_node_host::engine::{Drawn, SequenceError, SequenceEvent};
 use baton_proto::v1::{self, decode_event::Event};
 use baton_types::FinishReason;
 use std::time::Duration;
-use tokio::sync::mpsc;
 
 /// What this node did for the sequence.
 #[derive(Default)]
@@ -21,10 +22,18 @@ impl DecodeRequest {
     /// Streams until the last token. `began` is when a token that came with a hand-over was known: time counts from there.
     pub(crate) async fn stream(
         &mut self,
-        mut events: mpsc::Receiver<SequenceEvent>,
+        running: Running,
         began: Option<baton_node_runtime::Moment>,
     ) -> Result<(), End> {
-        let clock = self.host.clock();
+        let Running {
+            guard: _guard,
+            control,
+            mut events,
+        } = running;
+        let (clock, host) = (self.host.clock(), self.host.clone());
+        let mut stops = std::pin::pin!(host.stops());
+        let mut told_leaving = false;
+        let mut handing_on: Option<HandingOn> = None;
         let mut frame = Frame::new();
         let mut tally = Tally {
             first: began,
@@ -39,10 +48,26 @@ impl DecodeRequest {
                 wish = self.commands.next() => match wish {
                     // Committed, or computed here: no other attempt can take its place.
                     Wish::Supersede(_) => {}
+                    Wish::HandOn(spec) => {
+                        let (prompt, left) = (self.work.prompt.len(), self.deadline.saturating_since(clock.now()));
+                        let begun = HandingOn::start(&host, &control, spec, prompt, left).map_err(End::Status)?;
+                        self.goes_on(handing_on.insert(begun), &mut frame).await?;
+                    }
                     Wish::Cancel => return Err(End::Cancelled),
                     Wish::Gone => return Err(End::Gone),
                     Wish::Nonsense(status) => return Err(End::Status(status)),
                 },
+                result = HandingOn::ended(handing_on.as_mut()) => {
+                    if let Some(ended) = handing_on.take() {
+                        self.tell(Event::HandedOn(ended.word(result))).await?;
+                    }
+                }
+                // The node wants to be rid of it. Not before the client has a token: until then there is little to move.
+                () = &mut stops, if !told_leaving && tally.first.is_some() => {
+                    told_leaving = true;
+                    self.send(&mut frame).await?;
+                    self.tell(Event::Leaving(v1::Leaving {})).await?;
+                }
                 event = events.recv() => {
                     let event = event.ok_or(End::Sequence(SequenceError::ShuttingDown))?;
                     if let SequenceEvent::Token { prefill, .. } = &event
@@ -56,9 +81,21 @@ impl DecodeRequest {
                         None => {}
                         Some(drawn) => {
                             let finish = drawn.finish;
+                            self.generated.push(drawn.token);
                             frame.push(drawn);
                             if let Some(finish) = finish {
                                 return self.finish(frame, finish, &tally).await;
+                            }
+                            if let Some(ongoing) = &mut handing_on {
+                                self.goes_on(ongoing, &mut frame).await?;
+                                if ongoing.is_late(self.generated.len()) {
+                                    let error = TransferError::Aborted {
+                                        reason: "the other node gave no blocks in time".to_owned(),
+                                    };
+                                    let word = ongoing.word(Err(error));
+                                    handing_on = None;
+                                    self.tell(Event::HandedOn(word)).await?;
+                                }
                             }
                         }
                     }
@@ -101,6 +138,15 @@ impl DecodeRequest {
             }
             SequenceEvent::Failed { error } => Err(End::Sequence(error)),
         }
+    }
+
+    /// Lets a hand-over know of the tokens that there are. With its last word everything goes to the coordinator that is there:
+    /// only behind the token that the other node goes on from can that one take over.
+    async fn goes_on(&mut self, handing_on: &mut HandingOn, frame: &mut Frame) -> Result<(), End> {
+        if handing_on.generated(&self.generated) {
+            self.send(frame).await?;
+        }
+        Ok(())
     }
 
     async fn send(&mut self, frame: &mut Frame) -> Result<(), End> {

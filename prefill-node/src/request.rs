@@ -5,10 +5,10 @@
 
 use crate::handover::{Finished, Pushed};
 use baton_engine::BlockTable;
-use baton_kv_transfer::{Fallback, Outgoing, OutgoingSpec, Peer, TransferError};
+use baton_kv_transfer::{Outgoing, OutgoingSpec, Peer, TransferError};
 use baton_node_host::engine::{Control, Drawn, PrefillDone, SequenceError, SequenceEvent};
 use baton_node_host::work::HandoverEnd;
-use baton_node_host::{FirstTokenPayload, Host, Outcome, work};
+use baton_node_host::{Host, LastWord, Outcome, work};
 use baton_node_runtime::Moment;
 use baton_proto::v1::{self, prefill_event::Event};
 use baton_types::Work;
@@ -241,9 +241,9 @@ impl PrefillRequest {
             pushed.push(&outgoing, &table, all).map_err(End::Transfer)?;
         }
         drop(table);
-        let payload = FirstTokenPayload {
-            index: drawn.index,
-            token: drawn.token,
+        let last_word = LastWord {
+            first_index: drawn.index,
+            tokens: vec![drawn.token],
         };
         self.tell(Event::FirstToken(v1::FirstToken {
             index: drawn.index,
@@ -258,18 +258,10 @@ impl PrefillRequest {
             // Nothing is handed over: dropping the hand-over tells the receiver.
             return Ok(());
         }
-        let report = outgoing.complete(payload.encode()).await.map_err(End::Transfer)?;
+        let report = outgoing.complete(last_word.encode()).await.map_err(End::Transfer)?;
         let exposed = self.host.clock().elapsed(at);
         metrics::histogram!("baton_node_handover_exposed_seconds").record(exposed.as_secs_f64());
-        self.tell(Event::HandedOver(v1::HandedOver {
-            path: report.path.to_string(),
-            bytes: report.bytes,
-            exposed_us: as_us(exposed),
-            reserve_us: as_us(report.reserve_wait),
-            fallbacks: report.fallbacks.into_iter().map(path_fallback).collect(),
-            busy_us: as_us(report.busy),
-        }))
-        .await
+        self.tell(Event::HandedOver(work::handed_over(report, exposed))).await
     }
 }
 
@@ -283,14 +275,6 @@ fn is_given_up(error: &TransferError) -> bool {
             | TransferError::UnknownTicket
             | TransferError::Deadline
     )
-}
-
-fn path_fallback(fallback: Fallback) -> v1::PathFallback {
-    v1::PathFallback {
-        from: fallback.from.to_string(),
-        to: fallback.to.to_string(),
-        reason: fallback.reason,
-    }
 }
 
 fn as_us(duration: std::time::Duration) -> u64 {

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use baton_proto::v1;
 use baton_proto::v1::generate_request::Input;
 use baton_proto::v1::inference_client::InferenceClient;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
@@ -64,6 +65,26 @@ pub struct Answer {
     pub usage: v1::Usage,
     /// What happened when and where.
     pub timeline: v1::Timeline,
+    /// When each message with tokens came, and how many there were in it.
+    pub arrivals: Vec<(Instant, usize)>,
+}
+
+impl Answer {
+    /// The times between messages with tokens, of those that came after `since`.
+    pub fn gaps(&self, since: Option<Instant>) -> impl Iterator<Item = Duration> {
+        let later = move |pair: &&[(Instant, usize)]| since.is_none_or(|since| pair[1].0 > since);
+        let pairs = self.arrivals.windows(2).filter(later);
+        pairs.map(|pair| pair[1].0.saturating_duration_since(pair[0].0))
+    }
+
+    /// The time that each token but the first ones took; those of one message share its time.
+    pub fn token_times(&self) -> impl Iterator<Item = Duration> {
+        self.arrivals.windows(2).flat_map(|pair| {
+            let (gap, tokens) = (pair[1].0.saturating_duration_since(pair[0].0), pair[1].1);
+            let each = gap / u32::try_from(tokens.max(1)).unwrap_or(u32::MAX);
+            std::iter::repeat_n(each, tokens)
+        })
+    }
 }
 
 /// Opens the stream.
@@ -94,6 +115,9 @@ pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<
                 have == first,
                 "tokens {first}.. came after {have} tokens: a gap or a repeat"
             );
+        }
+        if !message.tokens.is_empty() {
+            answer.arrivals.push((Instant::now(), message.tokens.len()));
         }
         answer.tokens.extend(&message.tokens);
         answer.text.push_str(&message.text);

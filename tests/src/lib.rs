@@ -4,6 +4,7 @@
 mod client;
 mod cluster;
 mod etcd;
+mod moves;
 mod process;
 mod prompts;
 mod random_llama;
@@ -11,6 +12,7 @@ mod random_llama;
 pub use client::{Answer, Ask, ask, http_get, http_post, stream_ask};
 pub use cluster::{Cluster, ClusterOptions, Store};
 pub use etcd::Etcd;
+pub use moves::{Leave, Left, Streams, busy, leave_under_load, same_tokens};
 pub use process::{Process, baton_binary, long_campaign, model_path, test_python, until};
 pub use prompts::{Kind, Prompt, prompts};
 pub use random_llama::RandomLlama;

@@ -1,66 +1,24 @@
 //! Nodes that leave, and nodes that change their role, under load: every answer is the undisturbed one, token for token, and
 //! a node that was told to leave ends with exit code 0.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use baton_proto::v1;
-use baton_tests::{Answer, Ask, Cluster, ClusterOptions, ask, until};
+use baton_tests::{
+    Ask, Cluster, ClusterOptions, Leave, Streams, busy, leave_under_load, long_campaign, model_path, same_tokens, until,
+};
 use std::time::Duration;
-use tokio::task::JoinSet;
 
 const STREAMS: usize = 8;
-const TOKENS: u32 = 100;
-/// A token takes 10 ms: a stream lasts a second.
+/// A token takes 10 ms: a stream lasts as many hundredths of a second as it has tokens.
 const MODEL: &str = "stub:prefill_us=500,decode_us=10000";
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 
-fn request(index: usize) -> Ask {
-    let ids = (0..100 + 40 * index)
-        .map(|i| ((i * 7 + index * 13) % 200) as u32)
-        .collect();
-    Ask::greedy_ids(ids, TOKENS)
-}
-
-type Running = JoinSet<(usize, Result<Result<Answer, tonic::Status>>)>;
-
-/// Eight streams on their way.
-async fn start(cluster: &Cluster) -> Result<Running> {
-    let client = cluster.client().await?;
-    let mut running = JoinSet::new();
-    for index in 0..STREAMS {
-        let client = client.clone();
-        running.spawn(async move { (index, ask(&client, &request(index)).await) });
-    }
-    Ok(running)
-}
-
-/// Each answer, in order of the requests.
-async fn finish(mut running: Running) -> Result<Vec<Answer>> {
-    let mut answers = vec![Answer::default(); running.len()];
-    while let Some(done) = tokio::time::timeout(LIMIT, running.join_next()).await? {
-        let (index, answer) = done?;
-        answers[index] = answer?.with_context(|| format!("stream {index}"))?;
-    }
-    Ok(answers)
-}
-
-fn same(answers: &[Answer], reference: &[Answer]) -> Result<()> {
-    for (index, (answer, reference)) in answers.iter().zip(reference).enumerate() {
-        ensure!(
-            answer.tokens == reference.tokens,
-            "stream {index} differs from the undisturbed run"
-        );
-    }
-    Ok(())
-}
-
-/// Waits until the node decodes for so many requests.
-async fn busy(cluster: &Cluster, node: &str, requests: u32) -> Result<()> {
-    until(&format!("{requests} requests run on {node}"), LIMIT, || async {
-        let status = cluster.status().await.ok()?;
-        let load = status.nodes.into_iter().find(|n| n.node_id == node)?.load?;
-        (load.running_requests >= requests).then_some(())
-    })
-    .await
+/// Eight requests of unequal lengths.
+fn asks(tokens: u32) -> Vec<Ask> {
+    let ids = |index: usize| (0..100 + 40 * index).map(move |i| ((i * 7 + index * 13) % 200) as u32);
+    (0..STREAMS)
+        .map(|index| Ask::greedy_ids(ids(index).collect(), tokens))
+        .collect()
 }
 
 /// Waits until the node is ready in this role; gives what the status says of it.
@@ -89,16 +47,85 @@ fn set_role(node: &str, role: v1::NodeRole) -> v1::SetRoleRequest {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn running_sequences_move_with_their_kv_when_their_node_leaves() -> Result<()> {
+    for leave in [Leave::Drain, Leave::Sigterm] {
+        let left = leave_under_load(ClusterOptions::pair(MODEL), &asks(400), leave).await?;
+        println!("{leave:?}: {left:?}");
+        ensure!(left.moved == STREAMS, "{leave:?}: not all were moved: {left:?}");
+        ensure!(left.anew == 0, "{leave:?}: some were done anew: {left:?}");
+    }
+    Ok(())
+}
+
+/// The times are printed, and measured by `bench/src/bin/drain.rs`; what is judged here are the tokens.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_model_goes_on_token_for_token() -> Result<()> {
+    let model = model_path().display().to_string();
+    let (runs, tokens) = if long_campaign() { (5, 400) } else { (1, 300) };
+    for leave in [Leave::Drain, Leave::Sigterm] {
+        for _ in 0..runs {
+            let options = ClusterOptions::pair(&model).node_flags(&["--threads", "1"]);
+            let left = leave_under_load(options, &asks(tokens), leave).await?;
+            println!("{leave:?}: {left:?}");
+            ensure!(left.moved == STREAMS, "{leave:?}: not all were moved: {left:?}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_dies_while_sequences_move_to_it_costs_no_answer() -> Result<()> {
+    let asks = asks(300);
+    for delay_ms in [5, 150, 400] {
+        let mut cluster = Cluster::start(ClusterOptions::pair(MODEL)).await?;
+        let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+        let running = Streams::start(&cluster, &asks).await?;
+        busy(&cluster, "decode-0", STREAMS).await?;
+        cluster.add("decode").await?;
+        cluster.add("decode").await?;
+        cluster.wait_listed().await?;
+        cluster.admin().await?.drain(drain("decode-0", LIMIT)).await?;
+        // Those that it took up already are done anew, the others go to the third node or stay.
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        cluster.decode[1].kill().await?;
+        let answers = running.finish().await?;
+        same_tokens(&answers, &reference)?;
+        let anew = answers.iter().filter(|answer| answer.timeline.attempts > 1).count();
+        println!("killed after {delay_ms} ms: {anew} of {STREAMS} were done anew");
+        ensure!(cluster.decode[0].ended(LIMIT).await? == 0);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_has_room_a_draining_node_goes_on_until_its_time_is_over() -> Result<()> {
+    let mut cluster = Cluster::start(ClusterOptions::pair(MODEL)).await?;
+    let asks = asks(200);
+    let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+    let running = Streams::start(&cluster, &asks).await?;
+    busy(&cluster, "decode-0", STREAMS).await?;
+    let drained = cluster.admin().await?.drain(drain("decode-0", LIMIT)).await;
+    drained?;
+    // There is no other decode node: all end where they are, and the node leaves when they have.
+    let answers = running.finish().await?;
+    same_tokens(&answers, &reference)?;
+    ensure!(answers.iter().all(|answer| answer.timeline.attempts == 1));
+    ensure!(cluster.decode[0].ended(LIMIT).await? == 0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_has_had_its_time_on_a_draining_node_is_done_anew_elsewhere() -> Result<()> {
     let options = ClusterOptions::pair(MODEL);
     let mut cluster = Cluster::start(options).await?;
-    let reference = finish(start(&cluster).await?).await?;
-    let running = start(&cluster).await?;
-    busy(&cluster, "decode-0", STREAMS as u32).await?;
+    let asks = asks(200);
+    let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+    let running = Streams::start(&cluster, &asks).await?;
+    busy(&cluster, "decode-0", STREAMS).await?;
     cluster.add("decode").await?;
     cluster.wait_listed().await?;
     cluster.admin().await?.drain(drain("decode-0", Duration::ZERO)).await?;
-    same(&finish(running).await?, &reference)?;
+    same_tokens(&running.finish().await?, &reference)?;
     ensure!(cluster.decode[0].ended(LIMIT).await? == 0);
     cluster.decode.remove(0);
     cluster.wait_idle(LIMIT).await?;
@@ -112,19 +139,21 @@ async fn a_node_changes_its_role_and_back_under_load() -> Result<()> {
         ..ClusterOptions::pair(MODEL)
     };
     let cluster = Cluster::start(options).await?;
-    let reference = finish(start(&cluster).await?).await?;
+    let asks = asks(200);
+    let reference = Streams::start(&cluster, &asks).await?.finish().await?;
     let before = ready_as(&cluster, "decode-1", v1::NodeRole::Decode).await?;
     let mut admin = cluster.admin().await?;
 
     for role in [v1::NodeRole::Prefill, v1::NodeRole::Decode] {
-        let running = start(&cluster).await?;
+        let running = Streams::start(&cluster, &asks).await?;
         busy(&cluster, "decode-0", 1).await?;
         admin.set_role(set_role("decode-1", role)).await?;
-        same(&finish(running).await?, &reference)?;
+        same_tokens(&running.finish().await?, &reference)?;
         let after = ready_as(&cluster, "decode-1", role).await?;
         ensure!(after.instance == before.instance, "it was started anew");
         // It serves in its new role: so many at once, and a second prefill node gets its share.
-        same(&finish(start(&cluster).await?).await?, &reference)?;
+        let again = Streams::start(&cluster, &asks).await?;
+        same_tokens(&again.finish().await?, &reference)?;
         cluster.wait_idle(LIMIT).await?;
     }
 

@@ -97,6 +97,13 @@ pub(crate) enum DecodeEvent {
         decoded_tokens: u32,
         decode_us: u64,
     },
+    /// The node wants to be rid of the sequence, which runs on.
+    Leaving,
+    /// How handing the sequence on ended; it runs on.
+    HandedOn {
+        ticket: Ticket,
+        result: Result<Handover, Failure>,
+    },
     Failed(Failure),
 }
 
@@ -138,6 +145,8 @@ pub(crate) struct FirstToken {
 pub(crate) enum Event {
     /// The answer to [`Effect::Place`].
     Placed(Placement),
+    /// The answer to [`Effect::PlaceMove`].
+    MovePlaced(Node),
     /// No nodes, for good.
     NotPlaced(ApiError),
     Decode(Leg, DecodeEvent),
@@ -176,6 +185,21 @@ pub(crate) enum Effect {
     },
     /// Tell the decode node that its attempt is given up and that this one comes.
     Supersede { leg: Leg, attempt: Attempt },
+    /// Choose a decode node that the sequence can be moved to, none of `Request::not_moved_to`; there is no hurry, and maybe no
+    /// answer. An earlier search still under way is given up.
+    PlaceMove,
+    /// Open a stream to it; besides the tokens delivered so far, `ahead` tokens will come with the hand-over.
+    OpenMove { leg: Leg, ahead: usize },
+    /// Tell the decode node to hand its sequence on, up to so many tokens; the other one was told of `known` generated ones.
+    HandOn {
+        leg: Leg,
+        ticket: Ticket,
+        peer: Peer,
+        context_tokens: usize,
+        known: usize,
+    },
+    /// The stream that was opened for the move is that of the decode node now.
+    Promote(Leg),
     /// Drop the stream, which cancels what the node does for it.
     Close(Leg),
     /// Show these to the client. Indexes rise by one, without gap or repeat.

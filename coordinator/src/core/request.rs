@@ -2,9 +2,12 @@
 //!
 //! Invariants, whatever the order of events: tokens are delivered with indexes 0, 1, 2 ... without gap or repeat; there is
 //! exactly one `End` and nothing after it; when it comes, every leg that was opened is closed or has ended by itself;
-//! at most [`ATTEMPTS_MAX`] attempts are made, and none after two nodes died.
+//! at most [`ATTEMPTS_MAX`] attempts are made, and none after two nodes died. A sequence that is moved because its node
+//! drains (`moving`) is still the same attempt.
 //!
 //! This state is owned by the driver's task of the request.
+
+mod moving;
 
 use super::event::{
     DecodeEvent, Effect, Event, Failure, FailureKind, FirstToken, Leg, LocalPrefill, Node, Outcome, Peer, Placement,
@@ -13,6 +16,7 @@ use super::event::{
 use super::times::Times;
 use crate::{ApiCode, ApiError};
 use baton_types::{Attempt, FinishReason, Instance, Ticket};
+use moving::Moving;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +38,13 @@ pub(crate) struct RequestSpec {
     pub(crate) logprobs: bool,
     /// Tokens that end the generation; none where they are to be ignored.
     pub(crate) eos_tokens: Arc<[u32]>,
+    /// Tokens of the prompt.
+    pub(crate) prompt_tokens: usize,
+    /// Tokens of a KV block.
+    pub(crate) block_tokens: usize,
+    /// A sequence that is moved is handed over up to a block's border at least so many tokens ahead: it gets there while
+    /// the other node is asked.
+    pub(crate) move_ahead: usize,
 }
 
 /// The present attempt.
@@ -64,6 +75,7 @@ pub(crate) struct Request {
     /// What the client has.
     generated: Vec<u32>,
     run: Option<Run>,
+    moving: Option<Moving>,
     placing: bool,
     ended: bool,
     legs: u32,
@@ -81,6 +93,7 @@ impl Request {
             spec,
             generated: Vec::new(),
             run: None,
+            moving: None,
             placing: true,
             ended: false,
             legs: 0,
@@ -116,12 +129,15 @@ impl Request {
             Event::Prefill(leg, event) if self.run.as_ref().is_some_and(|run| run.prefill == Some(leg)) => {
                 self.prefill(event);
             }
+            Event::Decode(leg, event) if self.is_move(leg) => self.move_said(event),
             Event::Decode(..) | Event::Prefill(..) => {}
+            Event::MovePlaced(node) => self.move_placed(node),
             Event::Stopped { completion_tokens } => self.finish(FinishReason::Stop, completion_tokens),
             Event::Cancelled => self.finish(FinishReason::Cancelled, self.generated.len()),
             Event::DeadlinePassed => self.fail(ApiError::new(ApiCode::DeadlineExceeded, "the request's time is over")),
             Event::GraceOver => self.finish_if_done(true),
         }
+        self.take_over();
         effects.append(&mut self.effects);
     }
 
@@ -232,6 +248,12 @@ impl Request {
             } => {
                 self.times.decoded(decoded_tokens, decode_us);
                 self.decode_finished(reason);
+            }
+            DecodeEvent::Leaving => self.leaving(),
+            DecodeEvent::HandedOn { ticket, result } => {
+                if let Err(failure) = result {
+                    self.not_handed_on(ticket, failure);
+                }
             }
             DecodeEvent::Failed(failure) => self.decode_failed(failure),
         }
@@ -553,6 +575,7 @@ impl Request {
 
     fn close_run(&mut self) {
         self.close_prefill();
+        self.close_move();
         if let Some(run) = self.run.take() {
             self.effects.push(Effect::Close(run.decode));
         }

@@ -32,6 +32,9 @@ impl Machine {
             max_tokens,
             logprobs,
             eos_tokens: [99].into(),
+            prompt_tokens: 5,
+            block_tokens: 2,
+            move_ahead: 1,
         });
         assert_eq!(effects, [Effect::Place { keep_decode: None }]);
         Self {
@@ -628,4 +631,109 @@ fn the_client_and_the_clock_end_it() {
             ..
         }
     ));
+}
+
+impl Machine {
+    fn move_to(&mut self, name: &str) -> Vec<Effect> {
+        self.on(Event::MovePlaced(node(name)))
+    }
+
+    fn leaving(&mut self, leg: u32) -> Vec<Effect> {
+        self.on(Event::Decode(Leg(leg), DecodeEvent::Leaving))
+    }
+}
+
+fn alone_with_tokens(max_tokens: usize) -> Machine {
+    let mut machine = Machine::new(max_tokens, false);
+    machine.on(Event::Placed(Placement::Alone { decode: node("d") }));
+    machine.accepted(0);
+    machine.tokens(0, 0, &[1, 2]);
+    machine
+}
+
+#[test]
+fn a_draining_node_s_sequence_goes_on_elsewhere_without_gap_or_repeat() {
+    let mut machine = alone_with_tokens(20);
+    assert_eq!(machine.leaving(0), [Effect::PlaceMove]);
+    assert_eq!(machine.leaving(0), [], "said twice");
+    assert_eq!(machine.request.not_moved_to(), [node("d").instance]);
+    // Five prompt tokens and two generated ones; the border behind the next one is at eight.
+    assert_eq!(machine.move_to("e"), [Effect::OpenMove { leg: Leg(1), ahead: 1 }]);
+    let handed_on = machine.accepted(1);
+    let expected = Effect::HandOn {
+        leg: Leg(0),
+        ticket: Ticket(7),
+        peer: peer("d"),
+        context_tokens: 8,
+        known: 2,
+    };
+    assert_eq!(handed_on, [expected]);
+    // The other node is faster than the word of the present one.
+    assert_eq!(machine.committed(1, 1, 3, 4), []);
+    assert_eq!(machine.tokens(1, 4, &[5]), []);
+    let batch = |first_index, tokens: &[u32]| {
+        Effect::Deliver(TokenBatch {
+            first_index,
+            tokens: tokens.to_vec(),
+            logprobs: Vec::new(),
+        })
+    };
+    let taken_over = machine.tokens(0, 2, &[3, 4]);
+    assert_eq!(
+        taken_over,
+        [
+            batch(2, &[3, 4]),
+            Effect::Close(Leg(0)),
+            Effect::Promote(Leg(1)),
+            batch(4, &[5])
+        ]
+    );
+    assert_eq!(machine.tokens(0, 4, &[9]), [], "nobody listens there any more");
+    assert_eq!(machine.tokens(1, 5, &[6]), [batch(5, &[6])]);
+    // That one drains, too.
+    assert_eq!(machine.leaving(1), [Effect::PlaceMove]);
+    assert_eq!(machine.move_to("f"), [Effect::OpenMove { leg: Leg(2), ahead: 1 }]);
+    let effects = machine.done(1, FinishReason::Length);
+    let Some(Effect::End(Outcome::Finished { timeline, .. })) = effects.last() else {
+        panic!("{effects:?}")
+    };
+    assert!(effects.contains(&Effect::Close(Leg(2))));
+    assert_eq!((timeline.attempts, timeline.decode_node.as_str()), (1, "e"));
+    assert_eq!(timeline.fallbacks, ["d is draining: e goes on from token 3"]);
+}
+
+#[test]
+fn a_move_that_fails_leaves_the_sequence_where_it_is() {
+    let mut machine = alone_with_tokens(20);
+    machine.leaving(0);
+    for leg in 1..=8 {
+        let name = &format!("e{leg}");
+        assert_eq!(machine.move_to(name).len(), 1);
+        let failure = Failure {
+            kind: FailureKind::Failed { peer: false },
+            message: "x".into(),
+        };
+        let effects = machine.on(Event::Decode(Leg(leg), DecodeEvent::Failed(failure)));
+        let mut expected = vec![Effect::Close(Leg(leg))];
+        expected.extend((leg < 8).then_some(Effect::PlaceMove));
+        assert_eq!(effects, expected);
+        assert!(machine.request.not_moved_to().contains(&node(name).instance));
+    }
+    assert_eq!(machine.move_to("h"), [], "often enough");
+    assert_eq!(machine.tokens(0, 2, &[3]).len(), 1);
+    // Its time there is over: it is done anew.
+    let failure = Failure {
+        kind: FailureKind::Failed { peer: false },
+        message: "its time is over".into(),
+    };
+    let effects = machine.on(Event::Decode(Leg(0), DecodeEvent::Failed(failure)));
+    assert!(effects.contains(&Effect::Place { keep_decode: None }), "{effects:?}");
+}
+
+#[test]
+fn what_is_nearly_done_is_not_moved() {
+    let mut machine = alone_with_tokens(4);
+    machine.leaving(0);
+    assert_eq!(machine.move_to("e"), []);
+    assert_eq!(machine.tokens(0, 2, &[3, 4]).len(), 1);
 }

@@ -32,6 +32,11 @@ struct World {
     logprobs: bool,
     streams: BTreeMap<Leg, Stream>,
     place: Option<Option<Instance>>,
+    /// A decode node is wanted to move to.
+    place_move: bool,
+    /// Hand-overs that running decode nodes were told to make: who makes it, its name, the place of its last token.
+    handing_on: Vec<(Leg, Ticket, usize)>,
+    moves: usize,
     grace: bool,
     delivered: Vec<u32>,
     outcome: Option<Outcome>,
@@ -63,6 +68,9 @@ impl World {
             max_tokens,
             logprobs,
             eos_tokens: [].into(),
+            prompt_tokens: 5,
+            block_tokens: 2,
+            move_ahead: 1,
         });
         let mut world = Self {
             request,
@@ -70,6 +78,9 @@ impl World {
             logprobs,
             streams: BTreeMap::new(),
             place: None,
+            place_move: false,
+            handing_on: Vec::new(),
+            moves: 0,
             grace: false,
             delivered: Vec::new(),
             outcome: None,
@@ -198,6 +209,43 @@ impl World {
                 Effect::Supersede { leg, attempt } => {
                     self.streams.get_mut(&leg).expect("the leg is open").attempt = attempt;
                 }
+                Effect::PlaceMove => self.place_move = true,
+                Effect::OpenMove { leg, ahead } => {
+                    self.legs.insert(leg);
+                    let ticket = Ticket(u128::from(leg.0));
+                    let peer = Peer {
+                        node: NodeId::new("d"),
+                        instance: Instance(9),
+                        addresses: Vec::new(),
+                    };
+                    let stream = Stream {
+                        coming: [Event::Decode(leg, DecodeEvent::Accepted { ticket, peer })].into(),
+                        ticket,
+                        base: self.request.generated().len() + ahead,
+                        committed: false,
+                        attempt: Attempt::FIRST,
+                        prefill: false,
+                        started: false,
+                    };
+                    assert!(self.streams.insert(leg, stream).is_none());
+                }
+                Effect::HandOn {
+                    leg,
+                    ticket,
+                    context_tokens,
+                    known,
+                    ..
+                } => {
+                    assert_eq!(context_tokens % 2, 0, "whole blocks");
+                    let next = context_tokens - 5;
+                    assert!(known < next && next + 1 < self.max_tokens);
+                    assert!(self.streams.contains_key(&leg), "its node runs the sequence");
+                    self.handing_on.push((leg, ticket, next));
+                }
+                Effect::Promote(leg) => {
+                    self.moves += 1;
+                    assert!(self.streams.contains_key(&leg));
+                }
                 Effect::Close(leg) => {
                     // It may have ended by itself, but no leg is closed that was never opened.
                     self.streams.remove(&leg);
@@ -255,6 +303,70 @@ impl World {
         }
     }
 
+    /// A node that hands its sequence on says how that ended; where it went well, the other one has everything, whatever of
+    /// the tokens before is still on its way to the coordinator.
+    fn hand_on(&mut self, choice: u8) {
+        let Some((from, ticket, next)) = self.handing_on.pop() else {
+            return;
+        };
+        let to = self
+            .streams
+            .iter()
+            .find(|(_, s)| s.ticket == ticket && !s.prefill && !s.committed);
+        let to = to.map(|(leg, _)| *leg).filter(|_| self.streams.contains_key(&from));
+        let went_well = choice.is_multiple_of(2) && to.is_some();
+        if let (true, Some(to)) = (went_well, to) {
+            let committed = DecodeEvent::Committed {
+                attempt: Attempt::FIRST,
+                index: next,
+                token: token_at(next),
+                handover_bytes: 5,
+                held_tokens: 0,
+            };
+            let mut events = VecDeque::from([Event::Decode(to, committed)]);
+            events.extend(self.rest(to, next + 1));
+            let stream = self.streams.get_mut(&to).expect("found");
+            stream.committed = true;
+            stream.coming.extend(events);
+        }
+        let result = if went_well {
+            Ok(Handover::default())
+        } else {
+            Err(failure(choice / 2))
+        };
+        if self.streams.contains_key(&from) {
+            self.tell(Event::Decode(from, DecodeEvent::HandedOn { ticket, result }));
+        }
+    }
+
+    fn place_to_move(&mut self, choice: u8) {
+        if std::mem::take(&mut self.place_move) {
+            let refused = self.request.not_moved_to();
+            let mut nodes = (10..10 + NODES).filter(|id| !refused.contains(&Instance(*id)));
+            match nodes.nth(usize::from(choice) % 2) {
+                Some(id) => self.tell(Event::MovePlaced(Node {
+                    id: NodeId::new(format!("n{id}")),
+                    instance: Instance(id),
+                })),
+                None => self.place_move = true,
+            }
+        }
+    }
+
+    /// A decode node that runs a sequence is told to drain.
+    fn drain(&mut self, choice: u8) {
+        let running = |s: &&Stream| !s.prefill && s.committed && s.started;
+        let legs: Vec<Leg> = self
+            .streams
+            .iter()
+            .filter(|(_, s)| running(s))
+            .map(|(leg, _)| *leg)
+            .collect();
+        if let Some(leg) = legs.get(usize::from(choice) % legs.len().max(1)) {
+            self.tell(Event::Decode(*leg, DecodeEvent::Leaving));
+        }
+    }
+
     fn place(&mut self, choice: u8) {
         let Some(keep) = self.place.take() else { return };
         let free = |id: &u64| !self.request.excluded().contains(&Instance(*id));
@@ -295,6 +407,9 @@ impl World {
             (3, _) if choice < 8 => self.tell(Event::Cancelled),
             (3, _) if choice < 16 => self.tell(Event::DeadlinePassed),
             (4..=30, _) => self.place(choice),
+            (31..=36, _) => self.drain(choice),
+            (37..=44, _) => self.place_to_move(choice),
+            (45..=52, _) => self.hand_on(choice),
             (_, Some(leg)) => {
                 let stream = self.streams.get_mut(&leg).expect("listed");
                 let Some(event) = stream.coming.pop_front() else { return };
@@ -313,6 +428,7 @@ impl World {
             }
             self.commits();
             self.place(0);
+            self.hand_on(0);
             let next = self
                 .streams
                 .iter()
@@ -338,7 +454,7 @@ proptest! {
 
     #[test]
     fn every_stream_is_whole_and_ends_once(
-        max_tokens in 1usize..9,
+        max_tokens in 1usize..16,
         logprobs: bool,
         steps in proptest::collection::vec((0u8..120, any::<u8>()), 0..80),
     ) {
@@ -364,6 +480,31 @@ proptest! {
             }
             Outcome::Failed(_) => {}
         }
+    }
+
+    /// Draining node after node under a request costs it nothing: not a token, not an attempt.
+    #[test]
+    fn moves_alone_cost_no_attempt(max_tokens in 6usize..40, logprobs: bool, order in proptest::collection::vec(any::<u8>(), 0..120)) {
+        let mut world = World::new(max_tokens, logprobs);
+        for choice in order {
+            if world.outcome.is_none() {
+                let what = match choice % 8 {
+                    0 => 31,
+                    1 | 2 => 37,
+                    3 | 4 => 45,
+                    5 => 4,
+                    _ => 100,
+                };
+                // Even choices hand on well.
+                world.step((what, choice / 8 * 2));
+            }
+        }
+        world.settle();
+        prop_assert_eq!(world.delivered.len(), max_tokens);
+        prop_assert_eq!(world.opened, 1);
+        let Some(Outcome::Finished { timeline, .. }) = &world.outcome else { panic!("{:?}", world.outcome) };
+        prop_assert_eq!(timeline.attempts, 1);
+        prop_assert_eq!(timeline.fallbacks.len(), world.moves);
     }
 
     /// Whatever happened before, what nobody touches any more ends well.

@@ -37,6 +37,13 @@ impl Times {
         self.timeline.fallbacks.push(why);
     }
 
+    /// Another node goes on with the sequence; how it came to the first one stays told.
+    pub(super) fn moved(&mut self, node: &str, why: String) {
+        self.decode_chosen(node);
+        self.decoded = None;
+        self.timeline.fallbacks.push(why);
+    }
+
     pub(super) fn last_fallback(&self) -> Option<&str> {
         self.timeline.fallbacks.last().map(String::as_str)
     }

@@ -148,23 +148,38 @@ fn prefill_event(wire: v1::PrefillEvent) -> Result<PrefillEvent, Failure> {
             prefill_us: first.prefill_us,
             prefill_tokens: first.prefill_tokens,
         })),
-        Event::HandedOver(v1::HandedOver {
-            path,
-            bytes,
-            exposed_us,
-            reserve_us,
-            fallbacks,
-            busy_us,
-        }) => Ok(PrefillEvent::HandedOver(Handover {
-            path,
-            fallbacks: fallbacks.into_iter().map(path_fallback).collect(),
-            bytes,
-            exposed_us,
-            reserve_us,
-            busy_us,
-        })),
+        Event::HandedOver(wire) => Ok(PrefillEvent::HandedOver(handover(wire))),
         Event::Failed(failed) => Err(work_failed(failed)),
     }
+}
+
+fn handover(wire: v1::HandedOver) -> Handover {
+    let v1::HandedOver {
+        path,
+        bytes,
+        exposed_us,
+        reserve_us,
+        fallbacks,
+        busy_us,
+    } = wire;
+    Handover {
+        path,
+        fallbacks: fallbacks.into_iter().map(path_fallback).collect(),
+        bytes,
+        exposed_us,
+        reserve_us,
+        busy_us,
+    }
+}
+
+fn handed_on(wire: v1::HandedOn) -> Result<DecodeEvent, Failure> {
+    use v1::handed_on::End;
+    let ticket = parse_ticket(&wire.ticket).map_err(|error| nonsense(&error))?;
+    let result = match wire.end.ok_or_else(|| missing("end"))? {
+        End::HandedOver(report) => Ok(handover(report)),
+        End::Failed(failed) => Err(work_failed(failed)),
+    };
+    Ok(DecodeEvent::HandedOn { ticket, result })
 }
 
 fn path_fallback(wire: v1::PathFallback) -> PathFallback {
@@ -214,6 +229,8 @@ fn decode_event(wire: v1::DecodeEvent) -> Result<DecodeEvent, Failure> {
             decoded_tokens: finished.decoded_tokens,
             decode_us: finished.decode_us,
         }),
+        Event::Leaving(v1::Leaving {}) => Ok(DecodeEvent::Leaving),
+        Event::HandedOn(wire) => handed_on(wire),
         Event::Failed(failed) => Err(work_failed(failed)),
     }
 }

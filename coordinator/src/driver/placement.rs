@@ -9,7 +9,7 @@ use crate::tenants::Tenant;
 use crate::{ApiCode, ApiError};
 use baton_node_runtime::{Clock, Moment};
 use baton_scheduling::{Decision, Entry, Policy, RefuseReason, RouteRequest, Routed, Slo, route};
-use baton_types::{BlockHash, Instance, RequestId};
+use baton_types::{BlockHash, Instance, NumericsId, RequestId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,6 +31,16 @@ pub(super) struct PlaceRequest {
     pub(super) again: bool,
     /// The client has a token: no bound on times holds the request up, or ends it.
     pub(super) begun: bool,
+}
+
+/// A running sequence that wants another decode node.
+#[derive(Debug, Clone)]
+pub(super) struct MoveRequest {
+    pub(super) model: String,
+    /// Only a node of equal arithmetic can go on where another one is.
+    pub(super) numerics: NumericsId,
+    pub(super) context_tokens: u32,
+    pub(super) excluded: Vec<Instance>,
 }
 
 /// How nodes are chosen, for all requests alike.
@@ -171,6 +181,58 @@ impl Placer {
                         None => std::future::pending().await,
                     }
                 } => {}
+            }
+        }
+    }
+
+    /// Waits until a decode node has room for a sequence that runs elsewhere. Nothing hurries: where none ever has, the sequence
+    /// stays until its node gives it up.
+    pub(super) async fn place_move(&self, request: MoveRequest) -> (Candidate, Claim) {
+        let mut changes = self.members.changes();
+        loop {
+            changes.mark_unchanged();
+            if let Some(placed) = self.try_place_move(&request) {
+                return placed;
+            }
+            let release = self.members.next_release(&request.model);
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = async {
+                    match release {
+                        Some(moment) => self.clock.sleep_until(moment).await,
+                        None => std::future::pending().await,
+                    }
+                } => {}
+            }
+        }
+    }
+
+    /// Chooses as if the node had to prefill by itself: the least loaded one that has room, of those that are left.
+    fn try_place_move(&self, request: &MoveRequest) -> Option<(Candidate, Claim)> {
+        let mut excluded = request.excluded.clone();
+        loop {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            let routed = self.members.route(&request.model, &[], |handovers, _, decode| {
+                let asked = RouteRequest {
+                    context_tokens: request.context_tokens,
+                    excluded: &excluded,
+                    keep_decode: None,
+                    policy: self.routing.policy,
+                    slo: Slo::default(),
+                    turn,
+                    handovers,
+                };
+                route(&asked, &[], decode)
+            });
+            let Decision::Place(chosen) = routed.decision else {
+                return None;
+            };
+            match self.members.candidate(chosen.decode) {
+                Some(candidate) if chosen.room && candidate.numerics == request.numerics => {
+                    let claim = candidate.claim(0);
+                    return Some((candidate, claim));
+                }
+                Some(_) | None => excluded.push(chosen.decode),
             }
         }
     }

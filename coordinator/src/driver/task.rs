@@ -1,6 +1,8 @@
 //! One request's task: it waits for whatever happens next, asks the core what follows, and does it. It owns the request's
 //! state, legs, claims and text; when it ends, all of them are gone.
 
+mod moving;
+
 use super::decisions::Decisions;
 use super::legs;
 use super::placement::{PlaceRequest, Placed, Placer, Waiting};
@@ -12,7 +14,7 @@ use crate::membership::{Candidate, Claim, Members, Model};
 use crate::tenants::{Tenant, TenantEntry, TenantWait};
 use crate::{ApiCode, Finished, GenerationEvent, Usage};
 use baton_node_runtime::{CancellationToken, Clock, Moment};
-use baton_proto::v1;
+use baton_proto::v1::{self, decode_command::Command};
 use baton_types::{
     Attempt, BlockHash, BlockHashChain, Budget, FinishReason, Instance, NumericsId, RequestId, Ticket, Work,
 };
@@ -59,6 +61,9 @@ struct DecodeLeg {
     commands: mpsc::Sender<v1::DecodeCommand>,
     events: BoxStream<'static, DecodeEvent>,
     claim: Claim,
+    /// Its arithmetic, and the one that the blocks which it was told of are named after.
+    numerics: NumericsId,
+    named_after: NumericsId,
 }
 
 struct PrefillLeg {
@@ -91,6 +96,10 @@ struct Task {
     held_decode: Option<(Candidate, Claim)>,
     decode: Option<DecodeLeg>,
     prefill: Option<PrefillLeg>,
+    placing_move: Option<BoxFuture<'static, (Candidate, Claim)>>,
+    held_move: Option<(Candidate, Claim)>,
+    /// To the node that is to take the sequence over.
+    moving: Option<DecodeLeg>,
     grace: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     identity: Option<Identity>,
     first_chunk_sent: bool,
@@ -109,6 +118,9 @@ pub(super) async fn run(shared: Arc<Shared>, job: Job) {
         } else {
             Arc::clone(&job.model.eos_tokens)
         },
+        prompt_tokens: prepared.prompt.len(),
+        block_tokens: job.model.card.block_tokens as usize,
+        move_ahead: moving::AHEAD,
     };
     let (request, effects) = Request::new(spec);
     let task = Task {
@@ -121,6 +133,9 @@ pub(super) async fn run(shared: Arc<Shared>, job: Job) {
         held_decode: None,
         decode: None,
         prefill: None,
+        placing_move: None,
+        held_move: None,
+        moving: None,
         grace: None,
         identity: None,
         first_chunk_sent: false,
@@ -162,6 +177,13 @@ impl Task {
                 () = &mut deadline => Event::DeadlinePassed,
                 event = next(self.decode.as_mut().map(|leg| &mut leg.events)) => self.decode_said(event),
                 event = next(self.prefill.as_mut().map(|leg| &mut leg.events)) => self.prefill_said(event),
+                event = next(self.moving.as_mut().map(|leg| &mut leg.events)) => self.move_said(event),
+                placed = async {
+                    match &mut self.placing_move {
+                        Some(placing) => placing.await,
+                        None => pending().await,
+                    }
+                } => self.move_placed(placed),
                 placed = async {
                     match &mut self.placing {
                         Some(placing) => placing.await,
@@ -199,7 +221,14 @@ impl Task {
             let members = &self.shared.members;
             members.prefilled(leg.instance, local.prefill_tokens, local.cached_tokens, took);
         }
-        Event::Decode(leg.leg, event)
+        let (leg, instance) = (leg.leg, leg.instance);
+        if let DecodeEvent::HandedOn {
+            result: Ok(handover), ..
+        } = &event
+        {
+            self.handed_on(instance, handover);
+        }
+        Event::Decode(leg, event)
     }
 
     fn prefill_said(&mut self, event: PrefillEvent) -> Event {
@@ -274,8 +303,21 @@ impl Task {
             } => {
                 self.open_prefill(leg, ticket, attempt, peer, base);
             }
-            Effect::Supersede { leg, attempt } => self.supersede(leg, attempt),
+            Effect::Supersede { leg, attempt } => {
+                self.command(leg, Command::Supersede(v1::Supersede { attempt: attempt.0 }));
+            }
+            Effect::PlaceMove => self.place_move(),
+            Effect::OpenMove { leg, ahead } => self.open_move(leg, ahead),
+            Effect::HandOn {
+                leg,
+                ticket,
+                peer,
+                context_tokens,
+                known,
+            } => self.hand_on(leg, ticket, peer, context_tokens, known),
+            Effect::Promote(leg) => self.decode = self.moving.take_if(|open| open.leg == leg),
             Effect::Close(leg) => {
+                self.moving.take_if(|open| open.leg == leg);
                 self.decode.take_if(|open| open.leg == leg);
                 self.prefill.take_if(|open| open.leg == leg);
             }
@@ -334,6 +376,7 @@ impl Task {
             work: Some(self.work(Ticket::random(), attempt, base, &numerics)),
             local_prefill,
             instance: candidate.node.instance.to_string(),
+            ahead: 0,
         };
         let (commands, events) = legs::decode(candidate.channel.clone(), open);
         self.decode = Some(DecodeLeg {
@@ -342,6 +385,8 @@ impl Task {
             commands,
             events,
             claim,
+            numerics: candidate.numerics,
+            named_after: numerics,
         });
     }
 
@@ -354,11 +399,7 @@ impl Task {
         let decode = peer.instance;
         let request = v1::PrefillRequest {
             work: Some(self.work(ticket, attempt, base, &candidate.numerics)),
-            decode: Some(v1::TransferPeer {
-                node_id: peer.node.to_string(),
-                instance: peer.instance.to_string(),
-                addresses: peer.addresses,
-            }),
+            decode: Some(transfer_peer(peer)),
             instance: candidate.node.instance.to_string(),
         };
         let events = legs::prefill(candidate.channel, request);
@@ -372,11 +413,10 @@ impl Task {
         });
     }
 
-    fn supersede(&mut self, leg: Leg, attempt: Attempt) {
+    fn command(&mut self, leg: Leg, command: Command) {
         let Some(open) = self.decode.as_ref().filter(|open| open.leg == leg) else {
             return;
         };
-        let command = v1::decode_command::Command::Supersede(v1::Supersede { attempt: attempt.0 });
         // A stream that takes no command is broken, and says so by itself.
         let _ = open.commands.try_send(v1::DecodeCommand { command: Some(command) });
     }
@@ -493,9 +533,18 @@ impl Task {
         metrics::counter!("baton_coordinator_requests_total", "outcome" => label).increment(1);
         // The request is off the books before the client learns of its end, so that who counts afterwards counts right.
         (self.decode, self.prefill, self.held_decode, self.held_prefill) = (None, None, None, None);
+        (self.moving, self.held_move, self.placing_move) = (None, None, None);
         self.job.entry.leave();
         (self.job.tenant_entry, self.job.waiting) = (None, None);
         self.send(event);
+    }
+}
+
+fn transfer_peer(peer: Peer) -> v1::TransferPeer {
+    v1::TransferPeer {
+        node_id: peer.node.to_string(),
+        instance: peer.instance.to_string(),
+        addresses: peer.addresses,
     }
 }
 

@@ -26,7 +26,7 @@ pub use host::{Host, ModelFacts, NodeIdentity, NodeLimits, NodeParts, RequestGua
 pub use options::{KvDtypeFlag, NodeOptions};
 pub use phase::{Goal, Phase, RoleRefused};
 pub use process::run_to_exit;
-pub use request::{CancelOnDrop, FirstTokenPayload, Outcome};
+pub use request::{CancelOnDrop, LastWord, Outcome};
 pub use roles::{EventStream, Role, Roles};
 pub use run::{BUILD, run, run_beside_others};
 pub use service::{NodeService, load};

@@ -63,31 +63,29 @@ impl Outcome {
     }
 }
 
-/// The last word of a hand-over: the first token, which the decode node goes on from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FirstTokenPayload {
-    /// Its place among the generated tokens.
-    pub index: u32,
-    /// Its id.
-    pub token: u32,
+/// The last word of a hand-over: the token that the decode node goes on from, and the generated ones before it that it was
+/// not told yet. A prefill node's is one token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastWord {
+    /// Place of the first of them among the generated tokens.
+    pub first_index: u32,
+    /// At least one.
+    pub tokens: Vec<u32>,
 }
 
-impl FirstTokenPayload {
-    /// Eight bytes, little-endian: index, token.
-    pub fn encode(self) -> Bytes {
-        let mut bytes = Vec::with_capacity(8);
-        bytes.extend_from_slice(&self.index.to_le_bytes());
-        bytes.extend_from_slice(&self.token.to_le_bytes());
-        bytes.into()
+impl LastWord {
+    /// Little-endian, four bytes each: index, tokens.
+    pub fn encode(&self) -> Bytes {
+        let words = std::iter::once(&self.first_index).chain(&self.tokens);
+        words.flat_map(|word| word.to_le_bytes()).collect()
     }
 
     /// Reads it; `None` where it is none.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (index, token) = bytes.split_at_checked(4)?;
-        Some(Self {
-            index: u32::from_le_bytes(index.try_into().ok()?),
-            token: u32::from_le_bytes(token.try_into().ok()?),
-        })
+        let (words, rest) = bytes.as_chunks();
+        let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
+        let (first_index, tokens) = (words.next()?, words.collect::<Vec<u32>>());
+        (rest.is_empty() && !tokens.is_empty()).then_some(Self { first_index, tokens })
     }
 }
 
@@ -98,10 +96,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_payload_survives_and_nothing_else_is_read(index in any::<u32>(), token in any::<u32>(), junk in prop::collection::vec(any::<u8>(), 0..12)) {
-            let payload = FirstTokenPayload { index, token };
-            prop_assert_eq!(FirstTokenPayload::decode(&payload.encode()), Some(payload));
-            prop_assert_eq!(FirstTokenPayload::decode(&junk).is_some(), junk.len() == 8);
+        fn the_last_word_survives_and_nothing_else_is_read(
+            first_index in any::<u32>(),
+            tokens in prop::collection::vec(any::<u32>(), 1..9),
+            junk in prop::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let word = LastWord { first_index, tokens };
+            prop_assert_eq!(LastWord::decode(&word.encode()), Some(word));
+            prop_assert_eq!(LastWord::decode(&junk).is_some(), junk.len() >= 8 && junk.len() % 4 == 0);
         }
     }
 }

@@ -434,6 +434,10 @@ fn describe_metrics() {
         "baton_node_steps_aborted_total",
         "Steps broken off because nobody wanted them any more"
     );
+    describe_counter!(
+        "baton_node_handed_on_total",
+        "Running sequences handed to another decode node"
+    );
     describe_counter!("baton_node_requests_total", "Requests by role and how they ended");
     describe_gauge!(
         "baton_store_location_pending_seconds",

@@ -2,7 +2,7 @@
 
 use crate::engine::{SequenceError, SubmitError};
 use crate::host::Host;
-use baton_kv_transfer::{ExpectError, TransferError};
+use baton_kv_transfer::{ExpectError, Fallback, HandoverReport, TransferError};
 use baton_proto::v1;
 use baton_types::{BlockHashChain, Work};
 use std::time::Duration;
@@ -237,6 +237,24 @@ pub fn transfer_failed(error: &TransferError, told_by: HandoverEnd) -> v1::WorkF
         other => other.peer_at_fault(),
     };
     failed(code, error.to_string(), error.is_retryable(), peer_at_fault)
+}
+
+/// A hand-over as its sender saw it. `exposed`: what compute did not hide.
+pub fn handed_over(report: HandoverReport, exposed: Duration) -> v1::HandedOver {
+    let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    let fallback = |fallback: Fallback| v1::PathFallback {
+        from: fallback.from.to_string(),
+        to: fallback.to.to_string(),
+        reason: fallback.reason,
+    };
+    v1::HandedOver {
+        path: report.path.to_string(),
+        bytes: report.bytes,
+        exposed_us: us(exposed),
+        reserve_us: us(report.reserve_wait),
+        fallbacks: report.fallbacks.into_iter().map(fallback).collect(),
+        busy_us: us(report.busy),
+    }
 }
 
 /// A sequence that ended early, as an event.

@@ -146,11 +146,17 @@ impl TestNode {
 
     /// Opens a decode stream.
     pub fn open(&self, work: &Work, local_prefill: bool) -> DecodeStream {
+        self.open_ahead(work, local_prefill, 0)
+    }
+
+    /// As [`Self::open`]; so many tokens come with the hand-over.
+    pub fn open_ahead(&self, work: &Work, local_prefill: bool, ahead: u32) -> DecodeStream {
         let (commands, rx) = mpsc::channel(8);
         let open = v1::DecodeOpen {
             work: Some(work.clone().into()),
             local_prefill,
             instance: self.instance(),
+            ahead,
         };
         commands
             .try_send(Ok(v1::DecodeCommand {
@@ -228,6 +234,7 @@ pub struct Decoded {
     pub held_tokens: u32,
     pub cached_tokens: u32,
     pub finish: Option<v1::FinishReason>,
+    pub handed_on: Vec<v1::HandedOn>,
 }
 
 impl DecodeStream {
@@ -249,9 +256,42 @@ impl DecodeStream {
             .unwrap();
     }
 
+    /// Reads until there are so many tokens; gives them.
+    pub async fn tokens(&mut self, count: usize) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        while tokens.len() < count {
+            match self.next().await {
+                Some(Ok(decode_event::Event::Tokens(frame))) => tokens.extend(frame.tokens),
+                Some(Ok(decode_event::Event::Accepted(_))) => {}
+                other => panic!("{other:?} instead of tokens"),
+            }
+        }
+        tokens
+    }
+
+    /// Tells the sequence to go to `to`, which was opened with `known` generated tokens of `work` and `ahead` more.
+    pub fn hand_on(&self, to: &v1::Accepted, work: &Work, known: usize, ahead: usize) {
+        let context = u32::try_from(work.prompt.len() + known + ahead).unwrap();
+        self.command(Command::HandOn(v1::HandOn {
+            ticket: to.ticket.clone(),
+            attempt: 1,
+            decode: to.peer.clone(),
+            context_tokens: context,
+            known_tokens: u32::try_from(known).unwrap(),
+        }));
+    }
+
     /// Reads to the end; indexes must follow each other.
     pub async fn finish(&mut self) -> Decoded {
-        let mut decoded = Decoded::default();
+        self.finish_after(Vec::new()).await
+    }
+
+    /// The same behind these tokens.
+    pub async fn finish_after(&mut self, tokens: Vec<u32>) -> Decoded {
+        let mut decoded = Decoded {
+            tokens,
+            ..Decoded::default()
+        };
         while let Some(event) = self.next().await {
             match event.unwrap() {
                 decode_event::Event::Accepted(_) => {}
@@ -269,6 +309,8 @@ impl DecodeStream {
                 decode_event::Event::Finished(finished) => {
                     decoded.finish = Some(finished.finish_reason());
                 }
+                decode_event::Event::Leaving(_) => {}
+                decode_event::Event::HandedOn(word) => decoded.handed_on.push(word),
                 decode_event::Event::Failed(failed) => panic!("{failed:?}"),
             }
         }

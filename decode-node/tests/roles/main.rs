@@ -9,7 +9,7 @@ mod harness;
 use baton_node_host::NodeService;
 use baton_proto::v1::node_server::Node;
 use baton_proto::v1::{self, decode_command::Command, prefill_event};
-use baton_types::{Attempt, Budget, NodeRole};
+use baton_types::{Attempt, Budget, NodeRole, Ticket, Work};
 use harness::{Shape, TestNode, eventually, run_alone, run_pair, soon};
 use std::time::Duration;
 use tonic::Code;
@@ -394,6 +394,136 @@ async fn what_cannot_be_served_is_refused_with_its_reason() {
     drop(streams);
     p.stop().await;
     d.stop().await;
+}
+
+/// The same work as a node is told that is to take it over: with what was generated so far, under another ticket.
+fn taken_over(node: &TestNode, work: &Work, generated: &[u32]) -> Work {
+    let work = Work {
+        ticket: Ticket::random(),
+        generated: generated.to_vec(),
+        ..work.clone()
+    };
+    node.salted(work, "")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_running_sequence_goes_on_elsewhere_with_its_kv_while_it_goes_on_here() {
+    let slow = || Shape {
+        stub: "stub:decode_us=3000",
+        ..Shape::default()
+    };
+    let from = TestNode::start(NodeRole::Decode, slow()).await;
+    let to = TestNode::start(NodeRole::Decode, slow()).await;
+    // Prompts that end within a block and at its border; known tokens that end within one.
+    for (seed, prompt, ahead) in [(1, 37, 8), (2, 48, 13), (3, 5, 24)] {
+        let work = from.work(seed, prompt, 100);
+        let reference = run_alone(&from, &work).await;
+        let mut present = from.open(&work, true);
+        let known = present.tokens(3).await;
+        let context = (prompt as usize + known.len() + ahead).next_multiple_of(16);
+        let ahead = context - prompt as usize - known.len();
+        let mut next = to.open_ahead(&taken_over(&to, &work, &known), false, u32::try_from(ahead).unwrap());
+        let accepted = next.accepted().await;
+        present.hand_on(&accepted, &work, known.len(), ahead);
+        // What the next node repeats of the last word is the token behind the border.
+        let before = reference.tokens[..known.len() + ahead].to_vec();
+        let (taken, stayed) = tokio::join!(next.finish_after(before), present.finish_after(known));
+        assert_eq!(taken.tokens, reference.tokens);
+        assert_eq!(stayed.tokens, reference.tokens, "it was not disturbed");
+        let [word] = &stayed.handed_on[..] else {
+            panic!("{stayed:?}")
+        };
+        assert_eq!(word.ticket, accepted.ticket);
+        let Some(v1::handed_on::End::HandedOver(report)) = &word.end else {
+            panic!("{word:?}")
+        };
+        assert!(report.bytes > 0);
+    }
+    for node in [from, to] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_that_gives_way_while_it_is_handed_on_still_arrives() {
+    let shape = |blocks| Shape {
+        blocks,
+        stub: "stub:decode_us=2000,prefill_us=100",
+        ..Shape::default()
+    };
+    // Two sequences of up to nine blocks in twelve: the later one gives way.
+    let from = TestNode::start(NodeRole::Decode, shape(12)).await;
+    let to = TestNode::start(NodeRole::Decode, shape(64)).await;
+    let (first, second) = (from.work(1, 40, 100), from.work(2, 40, 100));
+    let reference = run_alone(&to, &second).await;
+    let mut greedy = from.open(&first, true);
+    let begun = greedy.tokens(1).await;
+    let mut present = from.open(&second, true);
+    let known = present.tokens(2).await;
+    let ahead = (40 + known.len() + 60).next_multiple_of(16) - 40 - known.len();
+    let mut next = to.open_ahead(&taken_over(&to, &second, &known), false, u32::try_from(ahead).unwrap());
+    let accepted = next.accepted().await;
+    present.hand_on(&accepted, &second, known.len(), ahead);
+    let before = reference.tokens[..known.len() + ahead].to_vec();
+    // Nobody goes on whose stream nobody reads.
+    let (taken, stayed, greedy) = tokio::join!(
+        next.finish_after(before),
+        present.finish_after(known),
+        greedy.finish_after(begun)
+    );
+    assert_eq!(taken.tokens, reference.tokens);
+    assert_eq!(stayed.tokens, reference.tokens);
+    assert_eq!(greedy.tokens.len(), 100);
+    for node in [from, to] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hand_on_that_comes_to_nothing_disturbs_nobody() {
+    let slow = |blocks| Shape {
+        blocks,
+        stub: "stub:decode_us=2000",
+        ..Shape::default()
+    };
+    let from = TestNode::start(NodeRole::Decode, slow(64)).await;
+    let to = TestNode::start(NodeRole::Decode, slow(10)).await;
+    let work = from.work(1, 40, 100);
+    let reference = run_alone(&from, &work).await;
+    let mut present = from.open(&work, true);
+    let known = present.tokens(2).await;
+    let ahead = 64 - 40 - known.len();
+    let mut next = to.open_ahead(&taken_over(&to, &work, &known), false, u32::try_from(ahead).unwrap());
+    let accepted = next.accepted().await;
+    drop(next);
+    present.hand_on(&accepted, &work, known.len(), ahead);
+    let stayed = present.finish_after(known).await;
+    assert_eq!(stayed.tokens, reference.tokens);
+    let [word] = &stayed.handed_on[..] else {
+        panic!("{stayed:?}")
+    };
+    assert!(matches!(word.end, Some(v1::handed_on::End::Failed(_))), "{word:?}");
+
+    let mut present = from.open(&work, true);
+    present.tokens(2).await;
+    present.hand_on(&accepted, &work, 2, 1);
+    let refused = soon("a refusal", async {
+        loop {
+            match present.next().await {
+                Some(Err(status)) => break status,
+                Some(Ok(_)) => {}
+                None => panic!("no refusal"),
+            }
+        }
+    });
+    let refused = refused.await;
+    assert!(
+        refused.message().starts_with("context_tokens: 43; whole blocks of 16"),
+        "{refused}"
+    );
+    for node in [from, to] {
+        node.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -1736,7 +1736,7 @@ pub struct WorkFailed {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeCommand {
-    #[prost(oneof = "decode_command::Command", tags = "1, 2, 3")]
+    #[prost(oneof = "decode_command::Command", tags = "1, 2, 3, 4")]
     pub command: ::core::option::Option<decode_command::Command>,
 }
 /// Nested message and enum types in `DecodeCommand`.
@@ -1749,6 +1749,8 @@ pub mod decode_command {
         Supersede(super::Supersede),
         #[prost(message, tag = "3")]
         Cancel(super::DecodeCancel),
+        #[prost(message, tag = "4")]
+        HandOn(super::HandOn),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1761,6 +1763,10 @@ pub struct DecodeOpen {
     /// The instance that must answer.
     #[prost(string, tag = "3")]
     pub instance: ::prost::alloc::string::String,
+    /// So many tokens behind `generated` belong to the context that is handed over, too: who hands it over draws them meanwhile,
+    /// and they come with its last word.
+    #[prost(uint32, tag = "4")]
+    pub ahead: u32,
 }
 /// The attempt is given up; another one with this number will come.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1770,9 +1776,27 @@ pub struct Supersede {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecodeCancel {}
+/// Hand the running sequence to another decode node, and go on with it until the stream is dropped. One that comes later takes
+/// the place of one before.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandOn {
+    /// The other node's name for it.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ticket: ::prost::bytes::Bytes,
+    #[prost(uint32, tag = "2")]
+    pub attempt: u32,
+    #[prost(message, optional, tag = "3")]
+    pub decode: ::core::option::Option<TransferPeer>,
+    /// Tokens whose KV is handed over: whole blocks, so that nothing of them changes any more. The sequence may not be there yet.
+    #[prost(uint32, tag = "4")]
+    pub context_tokens: u32,
+    /// Generated tokens that the other node was told; those up to the first that it goes on from are in the last word.
+    #[prost(uint32, tag = "5")]
+    pub known_tokens: u32,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
-    #[prost(oneof = "decode_event::Event", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "decode_event::Event", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub event: ::core::option::Option<decode_event::Event>,
 }
 /// Nested message and enum types in `DecodeEvent`.
@@ -1788,6 +1812,31 @@ pub mod decode_event {
         #[prost(message, tag = "4")]
         Finished(super::DecodeFinished),
         #[prost(message, tag = "5")]
+        Failed(super::WorkFailed),
+        #[prost(message, tag = "6")]
+        Leaving(super::Leaving),
+        #[prost(message, tag = "7")]
+        HandedOn(super::HandedOn),
+    }
+}
+/// The node takes no new work and wants to be rid of what it has: the sequence runs on, and should go on elsewhere.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
+/// How handing on ended. The sequence runs on all the same.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HandedOn {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub ticket: ::prost::bytes::Bytes,
+    #[prost(oneof = "handed_on::End", tags = "2, 3")]
+    pub end: ::core::option::Option<handed_on::End>,
+}
+/// Nested message and enum types in `HandedOn`.
+pub mod handed_on {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum End {
+        #[prost(message, tag = "2")]
+        HandedOver(super::HandedOver),
+        #[prost(message, tag = "3")]
         Failed(super::WorkFailed),
     }
 }

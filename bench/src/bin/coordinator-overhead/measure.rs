@@ -210,6 +210,7 @@ async fn straight(client: NodeClient<Channel>, node: (String, String), name: u32
         work: Some(work),
         local_prefill: true,
         instance: node.0,
+        ahead: 0,
     };
     let (commands, stream) = mpsc::channel(1);
     commands

@@ -3,6 +3,7 @@
 use super::pool::BlockPool;
 use super::state::{NoRoom, Place};
 use baton_types::{BlockHash, BlockId};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The blocks of one sequence, in order. The first `held` came from the prefix cache and must not be written.
@@ -37,6 +38,16 @@ impl BlockTable {
         let (fresh, _) = self.pool.book().take(&[], 0, more, Place::Referenced(1))?;
         self.blocks.extend(fresh);
         Ok(())
+    }
+
+    /// Another table of some of these blocks, which stay as long as either names them. For reading only: none of them may be
+    /// written any more. What of `ordinals` lies outside the table is left out.
+    pub fn share(&self, ordinals: Range<usize>) -> Self {
+        let end = ordinals.end.min(self.blocks.len());
+        let blocks = self.blocks[ordinals.start.min(end)..end].to_vec();
+        self.pool.book().pin_again(&blocks);
+        let held = blocks.len();
+        Self::new(self.pool.clone(), blocks, held)
     }
 
     /// Gives the block at `ordinal` its identity: it is full and its contents are final. Where another block has that
@@ -225,6 +236,26 @@ mod tests {
         assert_eq!(tally(&pool), (4, 0, 0, 0, 0));
         drop(pool.reserve(&[], 0, 2).unwrap());
         assert_eq!(tally(&pool), (2, 0, 0, 0, 2), "no verdict: kept away");
+    }
+
+    #[test]
+    fn shared_blocks_outlive_the_table_that_they_came_from() {
+        let pool = BlockPool::new(5);
+        let table = pool.acquire(&[], 0, 4).unwrap();
+        table.publish(1, hash(1));
+        let shared = table.share(1..3);
+        assert_eq!((shared.blocks(), shared.held()), (&table.blocks()[1..3], 2));
+        assert_eq!(table.share(3..9).blocks(), &table.blocks()[3..]);
+        assert!(table.share(7..9).blocks().is_empty());
+        assert_eq!(tally(&pool), (1, 0, 4, 0, 0));
+        let named = shared.blocks().to_vec();
+        drop(table);
+        assert_eq!(tally(&pool), (3, 0, 2, 0, 0));
+        let other = pool.acquire(&[], 0, 3).unwrap();
+        assert!(named.iter().all(|block| !other.blocks().contains(block)));
+        drop(shared);
+        drop(other);
+        assert_eq!(tally(&pool), (4, 1, 0, 0, 0));
     }
 
     #[test]

@@ -151,10 +151,17 @@ impl Book {
             }
             Place::Referenced(count) => block.place = Place::Referenced(count + 1),
             Place::Free | Place::Reserved | Place::Quarantined => {
-                unreachable!("only cached and referenced blocks stand in the prefix index")
+                unreachable!("only cached and referenced blocks stand in the prefix index or in a table")
             }
         }
         self.pins += 1;
+    }
+
+    /// One table more names each of these, which some table names already.
+    pub fn pin_again(&mut self, ids: &[BlockId]) {
+        for id in ids {
+            self.pin(*id);
+        }
     }
 
     /// A block for new contents. The caller has checked that there is one.

@@ -11,12 +11,15 @@ mod inbox;
 mod observer;
 mod runner;
 mod sequence;
+mod sharing;
 mod slots;
 
 pub use ending::Ending;
 pub use gauges::EngineLoad;
 pub use inbox::{EngineHandle, SubmitError};
 pub use runner::EngineParts;
-pub use sequence::{Beginning, Control, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
+pub use sequence::{
+    Beginning, Control, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, ShareWish, SharedBlocks, Until,
+};
 
 pub(crate) use runner::start;

@@ -4,7 +4,7 @@ use baton_engine::{BlockTable, StepError};
 use baton_node_runtime::Moment;
 use baton_types::{BlockHash, BlockHashChain, FinishReason, RequestId, SamplingParams, TokenLogprobs};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -55,11 +55,32 @@ pub struct SequenceSpec {
     pub events: mpsc::Sender<SequenceEvent>,
 }
 
+/// A wish to read a sequence's blocks while it goes on.
+#[derive(Debug)]
+pub struct ShareWish {
+    /// So many leading blocks, of which the sequence may not have all yet.
+    pub blocks: usize,
+    /// Where they go, each as soon as it is full, in order. What finds no room is sent again after a later step.
+    pub to: mpsc::Sender<SharedBlocks>,
+}
+
+/// Full blocks of a sequence that goes on: nothing of them changes any more.
+#[derive(Debug)]
+pub struct SharedBlocks {
+    /// Place of the first among the sequence's blocks.
+    pub first: usize,
+    /// They stay as long as this does.
+    pub table: BlockTable,
+}
+
 /// What a request's task tells its sequence. After a change, `EngineHandle::wake`.
 #[derive(Debug)]
 pub struct Control {
     cancelled: AtomicBool,
     may_continue: AtomicBool,
+    /// There is a wish that the engine has not taken yet.
+    wished: AtomicBool,
+    wish: Mutex<Option<ShareWish>>,
 }
 
 impl Control {
@@ -68,7 +89,23 @@ impl Control {
         Arc::new(Self {
             cancelled: AtomicBool::new(false),
             may_continue: AtomicBool::new(may_continue),
+            wished: AtomicBool::new(false),
+            wish: Mutex::new(None),
         })
+    }
+
+    /// The sequence is to share its blocks. A later wish takes the place of one before.
+    pub fn share(&self, wish: ShareWish) {
+        *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = Some(wish);
+        self.wished.store(true, Ordering::Release);
+    }
+
+    /// A wish that came since the last look.
+    pub(super) fn take_wish(&self) -> Option<ShareWish> {
+        if !self.wished.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        self.wish.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Nobody wants the sequence any more: computing stops at the next layer.

@@ -3,6 +3,7 @@
 use super::ending::Ending;
 use super::observer::{LayersTold, tell_progress};
 use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
+use super::sharing::Sharing;
 use baton_engine::{BlockPool, BlockTable, NoRoom, sample};
 use baton_node_runtime::Moment;
 use baton_scheduling::step::{Candidate, Waiter};
@@ -37,6 +38,8 @@ pub(super) struct Slot {
     published: usize,
     /// The unfilled slots of its last block were zeroed.
     zeroed: bool,
+    /// Full blocks that somebody else reads.
+    sharing: Sharing,
     /// It is over: nobody listens, or everything was said.
     pub over: bool,
 }
@@ -67,6 +70,7 @@ impl Slot {
             holds_a_place: !decoding,
             published: 0,
             zeroed: false,
+            sharing: Sharing::default(),
             over: false,
         };
         slot.publish(geometry);
@@ -221,6 +225,8 @@ impl Slot {
             self.prefilled += tokens;
         }
         self.publish(geometry);
+        let full = self.computed / geometry.block_tokens as usize;
+        self.sharing.go_on(&self.spec.control, self.table.as_deref(), full);
         if self.spec.until == Until::FirstToken && self.computed < self.tokens.len() {
             self.tell(SequenceEvent::Computed { tokens: self.computed });
         }
