@@ -119,24 +119,31 @@ fn cheapest(request: &RouteRequest<'_>, mut candidates: Vec<Candidate>, decode: 
                 .iter()
                 .any(|view| view.instance == slow.decode && view.sequences() == 0);
             let itl = candidates.iter().map(|c| c.predicted.itl).min().unwrap_or_default();
-            if idle {
-                Decision::Place(*slow)
-            } else {
-                Decision::Hold {
+            let smoothest = candidates.iter().filter(smooth).map(|c| c.predicted.ttft()).min();
+            match smoothest {
+                _ if idle => Decision::Place(*slow),
+                // Where tokens would come fast enough the first is too late already, and waiting makes it later.
+                Some(predicted) => too_late(request, predicted),
+                None => Decision::Hold {
                     reason: HoldReason::TooSlow { itl },
-                }
+                },
             }
         }
         (None, None) => {
             let predicted = candidates.iter().map(|c| c.predicted.ttft()).min().unwrap_or_default();
-            let allowed = request.slo.ttft.unwrap_or_default();
-            let reason = RefuseReason::TooLate { predicted, allowed };
-            let retry_after = bounded(predicted.saturating_sub(allowed));
-            Decision::Refuse { reason, retry_after }
+            too_late(request, predicted)
         }
     };
     candidates.truncate(CANDIDATES_MAX);
     Routed { decision, candidates }
+}
+
+fn too_late(request: &RouteRequest<'_>, predicted: Duration) -> Decision {
+    let allowed = request.slo.ttft.unwrap_or_default();
+    Decision::Refuse {
+        reason: RefuseReason::TooLate { predicted, allowed },
+        retry_after: bounded(predicted.saturating_sub(allowed)),
+    }
 }
 
 fn by_cost(candidates: &mut [Candidate]) {

@@ -20,7 +20,7 @@ pub struct Prediction {
     pub prefill: Duration,
     /// Hand-over time that compute does not hide. The first token does not wait for it, the second does.
     pub handover: Duration,
-    /// One step of the decode node with this sequence added.
+    /// One step of the decode node with this sequence added; where it prefills, with its share of such stalls.
     pub itl: Duration,
     /// What all of that costs, this request and others, in seconds.
     pub cost: f64,
@@ -88,7 +88,10 @@ fn alone_seconds(request: &RouteRequest<'_>, decode: &NodeView) -> (f64, f64, f6
     let queue = if decode.queued_tokens == 0 { 0.0 } else { queue };
     let (decoding, itl) = decode_seconds(request, decode);
     let stalled = compute * f64::from(decode.running_requests.max(1));
-    (queue, compute, itl, queue + compute + stalled + decoding)
+    let cost = queue + compute + stalled + decoding;
+    // While a sequence gets its tokens, about as many others come as there are. Where each is prefilled there, each stalls it.
+    let stalls = compute * f64::from(decode.sequences()) / f64::from(HORIZON_TOKENS);
+    (queue, compute, itl + stalls, cost)
 }
 
 /// What one decode node's doing both costs.

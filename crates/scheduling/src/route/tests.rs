@@ -402,3 +402,38 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_decode_node_does_not_prefill_so_much_that_its_sequences_are_too_slow() {
+    let handovers = handovers();
+    let asked = |ttft: u64| RouteRequest {
+        slo: Slo {
+            ttft: Some(Duration::from_millis(ttft)),
+            itl: Some(Duration::from_millis(200)),
+        },
+        ..ask(1000, &[], &handovers)
+    };
+    let late = NodeView {
+        queued_requests: 2,
+        queued_tokens: 20_000,
+        ..node(1)
+    };
+    let decoding = |running_requests| NodeView {
+        running_requests,
+        ..node(9)
+    };
+    assert_eq!(
+        placed(&route(&asked(1500), std::slice::from_ref(&late), &[decoding(5)])),
+        (0, 9)
+    );
+    let refused = route(&asked(1500), std::slice::from_ref(&late), &[decoding(40)]).decision;
+    let is_late = matches!(
+        refused,
+        Decision::Refuse {
+            reason: RefuseReason::TooLate { .. },
+            ..
+        }
+    );
+    assert!(is_late, "waiting would only make it later: {refused:?}");
+    assert_eq!(placed(&route(&asked(60_000), &[late], &[decoding(40)])), (1, 9));
+}
