@@ -1,5 +1,6 @@
 //! A cluster of real processes on loopback, on ports the system picks.
 
+use crate::netns::{Place, Wire};
 use crate::process::{Process, until};
 use anyhow::{Context, Result, bail};
 use baton_proto::v1;
@@ -37,6 +38,8 @@ pub struct ClusterOptions {
     pub prefill_flags: Vec<String>,
     /// More flags for decode nodes.
     pub decode_flags: Vec<String>,
+    /// Nodes that run in a network namespace, by name; the others listen on loopback.
+    pub places: Vec<(String, Place)>,
     /// More flags for the coordinator.
     pub coordinator_flags: Vec<String>,
     /// How long each process may take to be ready, and all of them to find each other.
@@ -55,6 +58,7 @@ impl ClusterOptions {
             node_flags: Vec::new(),
             prefill_flags: Vec::new(),
             decode_flags: Vec::new(),
+            places: Vec::new(),
             coordinator_flags: Vec::new(),
             start_limit: Duration::from_secs(60),
         }
@@ -321,5 +325,11 @@ async fn start_node(options: &ClusterOptions, coordinator: &Process, role: &str,
         _ => &options.decode_flags,
     };
     flags.extend(of_role.iter().cloned());
-    Process::start(name, &flags, options.start_limit).await
+    let Some((_, place)) = options.places.iter().find(|(named, _)| named == name) else {
+        return Process::start(name, &flags, options.start_limit).await;
+    };
+    for (flag, wire) in [("--listen", Wire::Control), ("--transfer-listen", Wire::Handover)] {
+        flags.extend([flag.to_owned(), format!("{}:0", place.address(wire))]);
+    }
+    Process::start_in(*place, name, &flags, options.start_limit).await
 }

@@ -12,6 +12,7 @@ use tokio::process::{Child, Command};
 pub struct Etcd {
     child: Child,
     data: TempDir,
+    host: String,
     client_port: u16,
     peer_port: u16,
 }
@@ -21,14 +22,20 @@ fn free_port() -> Result<u16> {
 }
 
 impl Etcd {
-    /// Starts one on free ports and waits until it listens.
+    /// Starts one on free ports of loopback and waits until it listens.
     pub async fn start() -> Result<Self> {
+        Self::start_on("127.0.0.1").await
+    }
+
+    /// Starts one for clients that come to this address of the machine.
+    pub async fn start_on(host: &str) -> Result<Self> {
         let (client_port, peer_port) = (free_port()?, free_port()?);
         let data = tempfile::tempdir()?;
-        let child = spawn(&data, client_port, peer_port)?;
+        let child = spawn(&data, host, client_port, peer_port)?;
         let etcd = Self {
             child,
             data,
+            host: host.to_owned(),
             client_port,
             peer_port,
         };
@@ -38,7 +45,7 @@ impl Etcd {
 
     /// As `--store` wants it.
     pub fn store(&self) -> String {
-        format!("etcd://127.0.0.1:{}", self.client_port)
+        format!("etcd://{}:{}", self.host, self.client_port)
     }
 
     /// Its process.
@@ -62,13 +69,13 @@ impl Etcd {
         if wiped {
             self.data = tempfile::tempdir()?;
         }
-        self.child = spawn(&self.data, self.client_port, self.peer_port)?;
+        self.child = spawn(&self.data, &self.host, self.client_port, self.peer_port)?;
         self.wait_listening().await
     }
 
     async fn wait_listening(&self) -> Result<()> {
         until("etcd listens", Duration::from_secs(20), || async {
-            tokio::net::TcpStream::connect(("127.0.0.1", self.client_port))
+            tokio::net::TcpStream::connect((self.host.as_str(), self.client_port))
                 .await
                 .ok()
         })
@@ -77,9 +84,9 @@ impl Etcd {
     }
 }
 
-fn spawn(data: &TempDir, client_port: u16, peer_port: u16) -> Result<Child> {
+fn spawn(data: &TempDir, host: &str, client_port: u16, peer_port: u16) -> Result<Child> {
     let (client, peer) = (
-        format!("http://127.0.0.1:{client_port}"),
+        format!("http://{host}:{client_port}"),
         format!("http://127.0.0.1:{peer_port}"),
     );
     Command::new("etcd")

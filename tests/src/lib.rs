@@ -5,6 +5,7 @@ mod client;
 mod cluster;
 mod etcd;
 mod moves;
+pub mod netns;
 mod process;
 mod prompts;
 mod random_llama;

@@ -1,5 +1,6 @@
 //! One real process of the `baton` binary: started, read, signalled by its id, and gone when the handle is dropped.
 
+use crate::netns::{self, Place};
 use anyhow::{Context, Result, bail};
 use baton_node_runtime::announce::Announcement;
 use std::future::Future;
@@ -89,7 +90,13 @@ pub struct Process {
 impl Process {
     /// Starts `baton ARGUMENTS` and waits for its announcement.
     pub async fn start(name: &str, arguments: &[String], limit: Duration) -> Result<Self> {
-        let mut child = Command::new(baton_binary())
+        Self::start_in(netns::HERE, name, arguments, limit).await
+    }
+
+    /// The same in a network namespace.
+    pub async fn start_in(place: Place, name: &str, arguments: &[String], limit: Duration) -> Result<Self> {
+        let mut command = place.command(&baton_binary());
+        let mut child = command
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

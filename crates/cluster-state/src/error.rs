@@ -17,6 +17,14 @@ pub enum StoreError {
         /// What was seen.
         reason: String,
     },
+    /// A call went unanswered for too long: it starts, is overloaded, has no leader, or is not there.
+    #[error(
+        "the store at {address} (--store) gives no answer; is etcd there, has it a leader, and is its disk keeping up?"
+    )]
+    Silent {
+        /// Where it should be.
+        address: String,
+    },
     /// It does not let us in.
     #[error("the store at {address} refuses access: {reason}; see --etcd-user, --etcd-ca, --etcd-cert, --etcd-key")]
     Denied {
@@ -60,7 +68,7 @@ impl StoreError {
     /// The same call may succeed later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Unreachable { .. } => true,
+            Self::Unreachable { .. } | Self::Silent { .. } => true,
             Self::Denied { .. }
             | Self::Refused { .. }
             | Self::TlsFile { .. }

@@ -117,7 +117,7 @@ pub struct StoreOptions {
     pub key: Option<PathBuf>,
     /// A node that does not answer for this long is gone. Whole seconds; etcd grants no less than 2 s by default.
     pub lease_ttl: Duration,
-    /// How long `Store::connect` tries before it gives up.
+    /// How long `Store::connect` tries before it gives up; five times as long where calls go unanswered rather than fail.
     pub connect_timeout: Duration,
 }
 

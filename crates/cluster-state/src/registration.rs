@@ -207,7 +207,7 @@ impl Keeper {
         if self.published.send_replace(None).is_some() {
             let node_id = &record.node_id;
             match &problem {
-                RegisterError::Store(StoreError::Unreachable { .. }) => {
+                RegisterError::Store(error) if error.is_retryable() => {
                     tracing::warn!(%node_id, error = %problem, "registration cannot be renewed, trying on");
                 }
                 RegisterError::Store(_) | RegisterError::NameTaken { .. } | RegisterError::InvalidName { .. } => {

@@ -20,6 +20,9 @@ use tonic::Code;
 
 /// A call that takes longer counts as unanswered.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// A store that gives no answer is tried for so many times as long as one that nobody is at: an etcd that starts beside us, on a
+/// busy disk, takes its time.
+const PATIENCE: u32 = 5;
 /// Between attempts to connect at start.
 const CONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// etcd takes pings closer than 5 s for an attack.
@@ -49,7 +52,8 @@ pub(crate) struct DataState {
 }
 
 impl Store {
-    /// Connects, trying for `connect_timeout`. Later outages are retried for ever by whatever uses the store.
+    /// Connects, trying for `connect_timeout`, and longer where the store is there and slow. Later outages are retried for ever
+    /// by whatever uses the store.
     ///
     /// # Errors
     /// Where nobody answers in time, access is refused, or options do not fit together.
@@ -61,7 +65,8 @@ impl Store {
             });
         }
         let connect = connect_options(&options)?;
-        let deadline = clock.now() + options.connect_timeout;
+        let begun = clock.now();
+        let (unreachable, silent) = (options.connect_timeout, options.connect_timeout * PATIENCE);
         let store = Self(Arc::new(Inner {
             options,
             connect,
@@ -74,11 +79,20 @@ impl Store {
         let state = loop {
             match store.data_state().await {
                 Ok(state) => break state,
-                Err(error) if error.is_retryable() && clock.now() + CONNECT_PAUSE < deadline => {
-                    tracing::debug!(%error, "store does not answer yet");
+                Err(error) => {
+                    let waited = clock.elapsed(begun);
+                    let bound = match &error {
+                        StoreError::Silent { .. } => silent,
+                        _ => unreachable,
+                    };
+                    if !error.is_retryable() || waited + CONNECT_PAUSE >= bound {
+                        return Err(error);
+                    }
+                    if waited >= CALL_TIMEOUT {
+                        tracing::warn!(%error, ?waited, tried_for = ?bound, "waiting for the store");
+                    }
                     clock.sleep(CONNECT_PAUSE).await;
                 }
-                Err(error) => return Err(error),
             }
         };
         tracing::info!(address = %store.options().address, store_id = %state.store_id, "store connected");
@@ -174,7 +188,9 @@ impl Store {
         {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(self.explain(&error)),
-            Err(_) => Err(self.unreachable("no answer in time".to_owned())),
+            Err(_) => Err(StoreError::Silent {
+                address: self.options().address.to_string(),
+            }),
         };
         let unreachable = answer.as_ref().is_err_and(StoreError::is_retryable);
         if unreachable {
