@@ -15,7 +15,7 @@
 # Exit status: 0 passed; 77 this host cannot run it (why is said); 124 the guest ran past its time; 125 it never answered;
 # anything else: that many failed steps, or the script's own status.
 #
-# Environment: RDMA_GUEST_MEMORY_MIB (1024; at most 2048), RDMA_GUEST_CPUS (2), RDMA_GUEST_SECONDS (300),
+# Environment: RDMA_GUEST_MEMORY_MIB (1024; at most 2048), RDMA_GUEST_CPUS (2), RDMA_GUEST_SECONDS (300; with --bench 900),
 #   RDMA_GUEST_BUILD (what to hand to cargo instead of the workspace with all its hardware features),
 #   RDMA_GUEST_TESTS (names of tests, instead of all of the suite).
 # Installs Debian packages (as root or through sudo) and keeps the kernel in target/rdma-guest/.
@@ -135,6 +135,7 @@ case "$mode" in
     bench)
         cargo build --release --locked -p baton-bench --bin transfer --features rdma
         script=$here/bench
+        RDMA_GUEST_SECONDS=${RDMA_GUEST_SECONDS:-900}
         files=(target/release/transfer)
         ;;
 esac

@@ -4,11 +4,12 @@
 use super::model::{Model, fetch};
 use super::{Members, NewMember};
 use crate::core::Node;
-use baton_node_runtime::Clock;
+use baton_node_runtime::{Clock, Supervisor};
 use baton_proto::v1;
 use baton_proto::v1::node_client::NodeClient;
 use baton_types::Instance;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// Between two attempts at a node that does not answer.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(250);
@@ -23,6 +24,7 @@ pub(super) struct HeartbeatOptions {
     pub(super) instance: Instance,
     pub(super) interval: Duration,
     pub(super) clock: Clock,
+    pub(super) supervisor: Supervisor,
 }
 
 /// Listens for ever.
@@ -78,8 +80,20 @@ async fn bring_card(node: &Node, options: &HeartbeatOptions, failed: &mut Option
         return;
     };
     let fetched = options.clock.timeout(CARD_TIMEOUT, fetch(&wanted)).await;
+    let name = wanted.model.clone();
     let model = match fetched {
-        Ok(Ok(card)) => Model::new(card, options.clock.unix_seconds()).map_err(|error| error.to_string()),
+        Ok(Ok(bytes)) => {
+            let (answer, read) = oneshot::channel();
+            let created = options.clock.unix_seconds();
+            // Nobody waits any more where the node has gone.
+            let work = move || drop(answer.send(Model::read(&bytes, &wanted, created)));
+            options.supervisor.spawn_blocking("model-card", work);
+            let read = read.await;
+            read.map_or_else(
+                |_| Err("it could not be read".to_owned()),
+                |model| model.map_err(|error| error.to_string()),
+            )
+        }
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("the model card takes too long".to_owned()),
     };
@@ -87,11 +101,11 @@ async fn bring_card(node: &Node, options: &HeartbeatOptions, failed: &mut Option
         Ok(model) => {
             let card = &model.card;
             tracing::info!(node_id = %node.id, model = card.name, context_tokens = card.context_tokens, "model card read");
-            options.members.set_model(&wanted.model, model);
+            options.members.set_model(&name, model);
         }
         Err(error) => {
             if failed.as_ref() != Some(&error) {
-                tracing::warn!(node_id = %node.id, model = wanted.model, error, "model card refused");
+                tracing::warn!(node_id = %node.id, model = name, error, "model card refused");
                 options.members.note_fault(node, format!("model card refused: {error}"));
                 *failed = Some(error);
             }

@@ -45,6 +45,28 @@ pub(super) enum CardError {
 }
 
 impl Model {
+    /// Reads a card and checks it against the node's record. Large vocabularies take their time: not for a thread
+    /// that others' streams run on.
+    pub(super) fn read(bytes: &[u8], wanted: &CardWanted, created: u64) -> Result<Self, CardError> {
+        let card = ModelCard::from_bytes(bytes)?;
+        let found = card.digest();
+        if found != wanted.digest {
+            return Err(CardError::Digest {
+                found,
+                expected: wanted.digest.clone(),
+            });
+        }
+        if card.fingerprint != wanted.fingerprint {
+            let (found, expected) = (card.fingerprint.to_string(), wanted.fingerprint.to_string());
+            return Err(CardError::Differs {
+                field: "fingerprint",
+                found,
+                expected,
+            });
+        }
+        Self::new(card, created)
+    }
+
     pub(super) fn new(card: ModelCard, created: u64) -> Result<Self, CardError> {
         let tokenizer = Tokenizer::new(&card)?;
         let template = match &card.chat_template {
@@ -62,8 +84,8 @@ impl Model {
     }
 }
 
-/// Asks a node for its card and checks it against the node's record.
-pub(super) async fn fetch(wanted: &CardWanted) -> Result<ModelCard, CardError> {
+/// Asks a node for its card, as bytes.
+pub(super) async fn fetch(wanted: &CardWanted) -> Result<Vec<u8>, CardError> {
     let mut client = NodeClient::new(wanted.channel.clone());
     let answer = client.model_card(v1::ModelCardRequest {}).await.map_err(Box::new)?;
     let mut pieces = answer.into_inner();
@@ -74,21 +96,5 @@ pub(super) async fn fetch(wanted: &CardWanted) -> Result<ModelCard, CardError> {
             return Err(CardError::TooLarge);
         }
     }
-    let card = ModelCard::from_bytes(&bytes)?;
-    let found = card.digest();
-    if found != wanted.digest {
-        return Err(CardError::Digest {
-            found,
-            expected: wanted.digest.clone(),
-        });
-    }
-    if card.fingerprint != wanted.fingerprint {
-        let (found, expected) = (card.fingerprint.to_string(), wanted.fingerprint.to_string());
-        return Err(CardError::Differs {
-            field: "fingerprint",
-            found,
-            expected,
-        });
-    }
-    Ok(card)
+    Ok(bytes)
 }

@@ -32,6 +32,7 @@ pub(crate) fn watch(options: WatchOptions) {
                 instance: options.instance,
                 interval: options.heartbeat,
                 clock: options.clock,
+                supervisor: options.supervisor.clone(),
             };
             let shutdown = options.supervisor.shutdown_token();
             options.supervisor.spawn("heartbeat", async move {

@@ -4,7 +4,7 @@
 
 use crate::backoff::Backoff;
 use crate::publication::{Outcome, Publication, Vigil};
-use crate::{NodeRecord, RegisterError, Store, StoreError};
+use crate::{NodeRecord, RegisterError, Store};
 use baton_node_runtime::TaskHandle;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
