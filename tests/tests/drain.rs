@@ -61,7 +61,7 @@ async fn running_sequences_move_with_their_kv_when_their_node_leaves() -> Result
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_model_goes_on_token_for_token() -> Result<()> {
     let model = model_path().display().to_string();
-    let (runs, tokens) = if long_campaign() { (5, 400) } else { (1, 300) };
+    let (runs, tokens) = if long_campaign() { (5, 400) } else { (1, 150) };
     for leave in [Leave::Drain, Leave::Sigterm] {
         for _ in 0..runs {
             let options = ClusterOptions::pair(&model).node_flags(&["--threads", "1"]);
