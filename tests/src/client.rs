@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 /// One request.
 #[derive(Clone, Debug)]
@@ -95,14 +95,32 @@ pub async fn stream_ask(
     Ok(client.clone().generate(ask.request.clone()).await?.into_inner())
 }
 
-/// Asks and reads to the end. A status is given back; a stream that breaks the rules (gap, repeat, end without a reason)
-/// is a test failure.
-pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<Answer, Status>> {
-    let mut stream = match stream_ask(client, ask).await {
-        Ok(stream) => stream,
-        Err(status) => return Ok(Err(status)),
-    };
+/// What came of a stream up to its end.
+#[derive(Debug)]
+pub struct Followed {
+    /// All that was received.
+    pub answer: Answer,
+    /// How it ended.
+    pub end: Result<(), Status>,
+    /// When it ended.
+    pub ended: Instant,
+}
+
+/// Reads a stream to its end. One that breaks the rules (gap, repeat, end without a reason) is a test failure.
+pub async fn follow(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Followed> {
     let mut answer = Answer::default();
+    let end = match stream_ask(client, ask).await {
+        Ok(stream) => read(stream, &mut answer).await?,
+        Err(status) => Err(status),
+    };
+    if end.is_ok() && answer.finish == 0 {
+        bail!("the stream ended with neither a finish reason nor an error");
+    }
+    let ended = Instant::now();
+    Ok(Followed { answer, end, ended })
+}
+
+async fn read(mut stream: Streaming<v1::GenerateResponse>, answer: &mut Answer) -> Result<Result<(), Status>> {
     while let Some(message) = stream.next().await {
         let message = match message {
             Ok(message) => message,
@@ -115,8 +133,6 @@ pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<
                 have == first,
                 "tokens {first}.. came after {have} tokens: a gap or a repeat"
             );
-        }
-        if !message.tokens.is_empty() {
             answer.arrivals.push((Instant::now(), message.tokens.len()));
         }
         answer.tokens.extend(&message.tokens);
@@ -129,10 +145,20 @@ pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<
             answer.timeline = timeline;
         }
     }
-    if answer.finish == 0 {
-        bail!("the stream ended with neither a finish reason nor an error");
-    }
-    Ok(Ok(answer))
+    Ok(Ok(()))
+}
+
+/// Asks and reads to the end; a status is given back.
+pub async fn ask(client: &InferenceClient<Channel>, ask: &Ask) -> Result<Result<Answer, Status>> {
+    let followed = follow(client, ask).await?;
+    Ok(followed.end.map(|()| followed.answer))
+}
+
+/// What a server says of a failure that may pass; or the connection itself broke, which this client's library gives a
+/// source and the code `Unknown` (others say `UNAVAILABLE`).
+pub fn retryable(status: &Status) -> bool {
+    let connection_broke = status.code() == Code::Unknown && std::error::Error::source(status).is_some();
+    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) || connection_broke
 }
 
 /// Fetches a page; gives status and the whole answer.

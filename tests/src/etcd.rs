@@ -1,7 +1,9 @@
 //! A real etcd server of the test's own.
 
 use crate::process::until;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use baton_cluster_state::{MembershipEvent, Store, StoreOptions};
+use baton_node_runtime::{Clock, Supervisor};
 use std::net::TcpListener;
 use std::process::Stdio;
 use std::time::Duration;
@@ -71,6 +73,26 @@ impl Etcd {
         }
         self.child = spawn(&self.data, &self.host, self.client_port, self.peer_port)?;
         self.wait_listening().await
+    }
+
+    /// Waits until exactly so many nodes have a record here, read by a watch of the test's own.
+    pub async fn wait_registered(&self, wanted: usize, limit: Duration) -> Result<()> {
+        until("every node registered again", limit, || async {
+            (self.registered().await.ok()? == wanted).then_some(())
+        })
+        .await
+    }
+
+    async fn registered(&self) -> Result<usize> {
+        let supervisor = Supervisor::new();
+        let options = StoreOptions::new(self.store().parse()?);
+        let store = Store::connect(options, Clock::new(), supervisor.clone()).await?;
+        let first = tokio::time::timeout(Duration::from_secs(5), store.watch_nodes().next()).await;
+        supervisor.begin_shutdown();
+        match first? {
+            MembershipEvent::Snapshot(records) => Ok(records.len()),
+            other => bail!("a watch began with {other:?}"),
+        }
     }
 
     async fn wait_listening(&self) -> Result<()> {

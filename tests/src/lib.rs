@@ -10,7 +10,7 @@ mod process;
 mod prompts;
 mod random_llama;
 
-pub use client::{Answer, Ask, ask, http_get, http_post, stream_ask};
+pub use client::{Answer, Ask, Followed, ask, follow, http_get, http_post, retryable, stream_ask};
 pub use cluster::{Cluster, ClusterOptions, Store};
 pub use etcd::Etcd;
 pub use moves::{Leave, Left, Streams, busy, leave_under_load, same_tokens};

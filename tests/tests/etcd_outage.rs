@@ -1,10 +1,8 @@
 //! A cluster on a real etcd that is killed, restarted and wiped under load: no request is harmed, members stay in use while
 //! etcd is away, and every node is registered again within 10 s of its return.
 
-use anyhow::{Result, bail, ensure};
-use baton_cluster_state::{MembershipEvent, StoreOptions};
-use baton_node_runtime::{Clock, Supervisor};
-use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, until};
+use anyhow::{Context, Result, bail, ensure};
+use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, long_campaign, until};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,10 +11,13 @@ use tokio::task::JoinSet;
 const MODEL: &str = "stub:prefill_us=200,decode_us=3000";
 const ASKERS: usize = 6;
 const TOKENS: u32 = 40;
-/// Short, so that an outage can outlast it.
-const LEASE: &str = "3s";
-const OUTAGE: Duration = Duration::from_secs(5);
 const RETURN: Duration = Duration::from_secs(10);
+
+/// How long etcd is away, and a lease that it outlasts: the default one under `BATON_TEST_LONG=1`.
+fn outage() -> (Duration, &'static str) {
+    let (seconds, lease) = if long_campaign() { (60, "10s") } else { (5, "3s") };
+    (Duration::from_secs(seconds), lease)
+}
 
 fn request(index: usize) -> Ask {
     let ids = (0..80 + 50 * index)
@@ -26,7 +27,7 @@ fn request(index: usize) -> Ask {
 }
 
 async fn cluster_on(etcd: &Etcd) -> Result<Cluster> {
-    let flags = ["--lease-ttl", LEASE];
+    let flags = ["--lease-ttl", outage().1];
     let options = ClusterOptions {
         store: Store::Etcd(etcd.store()),
         prefill: 2,
@@ -96,31 +97,10 @@ impl Load {
     }
 }
 
-/// The nodes whose records stand in etcd, read by a watch of the test's own.
-async fn registered(etcd: &Etcd) -> Result<Vec<String>> {
-    let supervisor = Supervisor::new();
-    let options = StoreOptions::new(etcd.store().parse()?);
-    let store = baton_cluster_state::Store::connect(options, Clock::new(), supervisor.clone()).await?;
-    let first = tokio::time::timeout(Duration::from_secs(5), store.watch_nodes().next()).await?;
-    supervisor.begin_shutdown();
-    match first {
-        MembershipEvent::Snapshot(records) => Ok(records
-            .iter()
-            .map(|record| record.node_id.as_str().to_owned())
-            .collect()),
-        other => bail!("a watch began with {other:?}"),
-    }
-}
-
 async fn all_registered(etcd: &Etcd, cluster: &Cluster) -> Result<()> {
     let wanted = cluster.prefill.len() + cluster.decode.len();
-    let all = until("every node registered again", RETURN, || async {
-        registered(etcd).await.ok().filter(|names| names.len() == wanted)
-    });
-    if let Err(error) = all.await {
-        bail!("{error}: {:?}\n{}", registered(etcd).await, cluster.logs());
-    }
-    Ok(())
+    let all = etcd.wait_registered(wanted, RETURN).await;
+    all.with_context(|| cluster.logs())
 }
 
 async fn ready_nodes(cluster: &Cluster) -> Result<usize> {
@@ -139,7 +119,7 @@ async fn a_killed_etcd_harms_no_request() -> Result<()> {
     let mut cluster = cluster_on(&etcd).await?;
     let mut load = Load::start(&cluster).await?;
     load.goes_on("requests before the outage").await?;
-    for outage in [Duration::ZERO, OUTAGE] {
+    for outage in [Duration::ZERO, outage().0] {
         etcd.kill().await?;
         load.goes_on("requests while etcd is away").await?;
         // The outage's length, which is to be longer than a lease, and not a wait for something.
@@ -183,7 +163,7 @@ async fn a_wiped_etcd_harms_no_request() -> Result<()> {
     load.goes_on("requests after the wipe").await?;
     all_registered(&etcd, &cluster).await?;
     // Longer than the lease that members have to come back.
-    tokio::time::sleep(OUTAGE).await;
+    tokio::time::sleep(outage().0).await;
     load.goes_on("requests on registered nodes").await?;
     ensure!(
         ready_nodes(&cluster).await? == 4,

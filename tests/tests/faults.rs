@@ -2,10 +2,9 @@
 //! or fail with a clear retryable error within 5 s; a restarted node rejoins by itself and serves.
 
 use anyhow::{Result, ensure};
-use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, until};
+use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, retryable, until};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
-use tonic::{Code, Status};
 
 const STREAMS: usize = 8;
 const TOKENS: u32 = 60;
@@ -67,13 +66,6 @@ async fn under_load(
         }
     }
     Ok(outcome)
-}
-
-/// What a server says of a failure that may pass; or the connection itself broke, which this client's library gives a
-/// source and the code `Unknown` (others say `UNAVAILABLE`).
-fn retryable(status: &Status) -> bool {
-    let connection_broke = status.code() == Code::Unknown && std::error::Error::source(status).is_some();
-    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) || connection_broke
 }
 
 async fn fault_free(cluster: &Cluster) -> Result<Vec<Answer>> {

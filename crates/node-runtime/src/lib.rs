@@ -4,25 +4,42 @@
 
 #![warn(missing_docs)]
 
-pub mod admin;
-pub mod announce;
 mod clock;
-pub mod config;
-mod listen;
-mod options;
-pub mod process;
-mod signals;
 mod supervisor;
+
+#[cfg(feature = "process")]
+pub mod admin;
+#[cfg(feature = "process")]
+pub mod announce;
+#[cfg(feature = "process")]
+pub mod config;
+#[cfg(feature = "process")]
+mod listen;
+#[cfg(feature = "process")]
+mod options;
+#[cfg(feature = "process")]
+pub mod process;
+#[cfg(feature = "process")]
+mod signals;
+#[cfg(feature = "process")]
 pub mod telemetry;
 
-pub use admin::{AdminError, AdminServer, Readiness};
-pub use announce::Announcement;
 pub use clock::{Clock, Elapsed, Moment};
-pub use config::{ConfigOptions, format_bytes, format_duration, parse_bytes, parse_duration};
-pub use listen::{BindError, bind};
-pub use options::ProcessOptions;
-pub use signals::{exit_with_parent, shutdown_signal};
 pub use supervisor::{Supervisor, TaskHandle, ThreadHandle};
-pub use telemetry::{LogFormat, Metrics, TelemetryOptions};
 /// Says that the process is to end; children of it can be made.
 pub use tokio_util::sync::CancellationToken;
+
+#[cfg(feature = "process")]
+pub use admin::{AdminError, AdminServer, Readiness};
+#[cfg(feature = "process")]
+pub use announce::Announcement;
+#[cfg(feature = "process")]
+pub use config::{ConfigOptions, format_bytes, format_duration, parse_bytes, parse_duration};
+#[cfg(feature = "process")]
+pub use listen::{BindError, bind};
+#[cfg(feature = "process")]
+pub use options::ProcessOptions;
+#[cfg(feature = "process")]
+pub use signals::{exit_with_parent, shutdown_signal};
+#[cfg(feature = "process")]
+pub use telemetry::{LogFormat, Metrics, TelemetryOptions};
