@@ -11,6 +11,8 @@ mod frontend;
 mod membership;
 mod options;
 mod service;
+#[cfg(test)]
+mod simulation_test;
 mod tenants;
 
 pub use error::StartError;

@@ -5,7 +5,7 @@
 
 use crate::api::{grpc, http};
 use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
-use crate::membership::{Members, WatchOptions, watch, watch_locations};
+use crate::membership::{Members, WatchOptions, network, watch, watch_locations};
 use crate::tenants::Tenants;
 use crate::{Options, StartError, StoreChoice};
 use baton_cluster_state::embedded::EmbeddedStore;
@@ -16,6 +16,7 @@ use baton_node_runtime::{
 };
 use baton_scheduling::{AdmissionLimits, BlockIndex, Slo};
 use baton_types::Instance;
+use futures::stream;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -90,18 +91,22 @@ impl Service {
 
         let tenants = Tenants::load(options.tenants.as_deref(), clock)?;
         let index = BlockIndex::new(options.index_locations_max);
-        let members = Members::new(clock, options.lease_ttl, options.inhibit, index);
-        let (heartbeat, supervisor) = (options.heartbeat, inner.clone());
-        watch_locations(&store, members.clone(), clock, &inner);
-        let watched = (store.clone(), members.clone());
-        watch(WatchOptions {
-            store: watched.0,
-            members: watched.1,
-            instance,
-            heartbeat,
-            clock,
-            supervisor,
+        let members = Members::new(clock, options.lease_ttl, options.inhibit, index, network());
+        let locations = stream::unfold(store.watch_blocks(), |mut watch| async {
+            Some((watch.next().await, watch))
         });
+        watch_locations(locations, members.clone(), clock, &inner);
+        let nodes = stream::unfold(store.watch_nodes(), |mut watch| async {
+            Some((watch.next().await, watch))
+        });
+        let watching = WatchOptions {
+            members: members.clone(),
+            instance,
+            heartbeat: options.heartbeat,
+            clock,
+            supervisor: inner.clone(),
+        };
+        watch(nodes, watching);
         let coordinator = Coordinator::new(CoordinatorOptions {
             members,
             instance,

@@ -4,7 +4,7 @@
 use super::decisions::{Choice, Decisions};
 use super::line::Line;
 use crate::core::Placement;
-use crate::membership::{Candidate, Claim, Members};
+use crate::membership::{Candidate, Claim, Listener, Members};
 use crate::tenants::Tenant;
 use crate::{ApiCode, ApiError};
 use baton_node_runtime::{Clock, Moment};
@@ -172,16 +172,7 @@ impl Placer {
                 Err(NotNow::Refused(reason, retry_after)) => return Err(refusal(reason, retry_after)),
             }
             waited = true;
-            let release = self.members.next_release(&request.model);
-            tokio::select! {
-                _ = changes.changed() => {}
-                () = async {
-                    match release {
-                        Some(moment) => self.clock.sleep_until(moment).await,
-                        None => std::future::pending().await,
-                    }
-                } => {}
-            }
+            self.wait(&mut changes, &request.model).await;
         }
     }
 
@@ -194,16 +185,22 @@ impl Placer {
             if let Some(placed) = self.try_place_move(&request) {
                 return placed;
             }
-            let release = self.members.next_release(&request.model);
-            tokio::select! {
-                _ = changes.changed() => {}
-                () = async {
-                    match release {
-                        Some(moment) => self.clock.sleep_until(moment).await,
-                        None => std::future::pending().await,
-                    }
-                } => {}
-            }
+            self.wait(&mut changes, &request.model).await;
+        }
+    }
+
+    /// Waits until another try may end otherwise: something changed, or a node is no longer left alone.
+    async fn wait(&self, changes: &mut Listener, model: &str) {
+        let release = self.members.next_release(model);
+        tokio::select! {
+            biased;
+            () = changes.changed() => {}
+            () = async {
+                match release {
+                    Some(moment) => self.clock.sleep_until(moment).await,
+                    None => std::future::pending().await,
+                }
+            } => {}
         }
     }
 

@@ -53,9 +53,10 @@ async fn listen_once(new: &NewMember, options: &HeartbeatOptions, card_failed: &
     let mut changes = options.members.changes();
     loop {
         let beat = tokio::select! {
+            biased;
             beat = options.clock.timeout(silence_max, beats.message()) => beat,
             // A node speaks before its record names its model; then its card need not wait for the next beat.
-            _ = changes.changed(), if !options.members.has_model_of(&new.node) => {
+            () = changes.changed(), if !options.members.has_model_of(&new.node) => {
                 bring_card(&new.node, options, card_failed).await;
                 continue;
             }

@@ -1,22 +1,22 @@
 //! What a request does to a node's load, and what a heartbeat says of it.
 
+use super::changes::Changes;
 use baton_proto::v1;
 use baton_scheduling::{Figures, Load, Placed, Reported};
 use baton_types::BlockCounts;
 use std::sync::Arc;
-use tokio::sync::watch;
 
 /// One request's place on one node; given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {
     placed: Arc<Placed>,
-    changed: watch::Sender<u64>,
+    changed: Changes,
     tokens: u64,
     running: bool,
 }
 
 impl Claim {
-    pub(super) fn new(placed: Arc<Placed>, changed: watch::Sender<u64>, tokens: u64) -> Self {
+    pub(super) fn new(placed: Arc<Placed>, changed: Changes, tokens: u64) -> Self {
         placed.comes(tokens);
         Self {
             placed,
@@ -30,7 +30,7 @@ impl Claim {
     pub(crate) fn started(&mut self) {
         if !std::mem::replace(&mut self.running, true) {
             self.placed.starts(self.tokens);
-            self.changed.send_modify(|version| *version += 1);
+            self.changed.tell();
         }
     }
 }
@@ -42,7 +42,7 @@ impl Drop for Claim {
         } else {
             self.placed.leaves_queue(self.tokens);
         }
-        self.changed.send_modify(|version| *version += 1);
+        self.changed.tell();
     }
 }
 
@@ -69,11 +69,13 @@ impl Beat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt;
 
     #[test]
     fn claims_count_what_is_placed_and_wake_who_waits() {
         let placed = Arc::new(Placed::default());
-        let (changed, mut woken) = watch::channel(0);
+        let changed = Changes::default();
+        let mut woken = changed.listen();
         let mut first = Claim::new(Arc::clone(&placed), changed.clone(), 100);
         let second = Claim::new(Arc::clone(&placed), changed, 10);
         assert_eq!(
@@ -97,6 +99,6 @@ mod tests {
         woken.mark_unchanged();
         drop((first, second));
         assert_eq!(placed.figures(), Figures::default());
-        assert!(woken.has_changed().unwrap_or(true));
+        assert!(woken.changed().now_or_never().is_some());
     }
 }

@@ -4,12 +4,14 @@
 //! books. Locations go with their node's lease, whatever its heartbeat says: they come back with its registration.
 
 use super::Members;
-use baton_cluster_state::{LocationEvent, LocationWatch, Store};
+use baton_cluster_state::LocationEvent;
 use baton_node_runtime::{Clock, Supervisor};
 use baton_scheduling::BlockIndex;
 use baton_types::Instance;
 use futures::FutureExt;
+use futures::stream::{Stream, StreamExt};
 use std::collections::HashSet;
+use std::pin::pin;
 use std::time::Duration;
 
 /// Events that are taken in under one lock of the index, which routing waits for: at most 4,096 blocks each.
@@ -17,16 +19,22 @@ const BATCH_MAX: usize = 16;
 /// Between two looks at what the index takes.
 const SHOW_EVERY: Duration = Duration::from_secs(1);
 
-/// Starts following. It ends with the supervisor.
-pub(crate) fn watch_locations(store: &Store, members: Members, clock: Clock, supervisor: &Supervisor) {
+/// Starts following what the store says of locations. It ends with the supervisor.
+pub(crate) fn watch_locations(
+    events: impl Stream<Item = LocationEvent> + Send + 'static,
+    members: Members,
+    clock: Clock,
+    supervisor: &Supervisor,
+) {
     let shutdown = supervisor.shutdown_token();
-    let (mut watch, shown) = (store.watch_blocks(), members.clone());
+    let shown = members.clone();
     supervisor.spawn("block-locations", async move {
-        let mut known = Known::default();
+        let (mut known, mut events) = (Known::default(), pin!(events));
         loop {
             let batch = tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return,
-                batch = next_batch(&mut watch) => batch,
+                batch = next_batch(&mut events) => batch,
             };
             members.index(|index| batch.iter().for_each(|event| known.take_in(index, event)));
             batch.iter().for_each(|event| measure(event, clock));
@@ -37,6 +45,7 @@ pub(crate) fn watch_locations(store: &Store, members: Members, clock: Clock, sup
         loop {
             shown.show_index();
             tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return,
                 () = clock.sleep(SHOW_EVERY) => {}
             }
@@ -45,10 +54,14 @@ pub(crate) fn watch_locations(store: &Store, members: Members, clock: Clock, sup
 }
 
 /// The next event, and those that have come already behind it.
-async fn next_batch(watch: &mut LocationWatch) -> Vec<LocationEvent> {
-    let mut batch = vec![watch.next().await];
+async fn next_batch(events: &mut (impl Stream<Item = LocationEvent> + Unpin)) -> Vec<LocationEvent> {
+    let Some(first) = events.next().await else {
+        // The store's watch has no end.
+        return std::future::pending().await;
+    };
+    let mut batch = vec![first];
     while batch.len() < BATCH_MAX
-        && let Some(event) = watch.next().now_or_never()
+        && let Some(Some(event)) = events.next().now_or_never()
     {
         batch.push(event);
     }

@@ -1,8 +1,9 @@
 //! The members and the models, as one state under one short lock, for everyone who asks or tells. Nothing here waits.
 
+use super::changes::Changes;
 use super::load::Beat;
 use super::roster::{Heart, Roster};
-use super::{Candidate, CardWanted, MemberStatus, Model, NewMember};
+use super::{Candidate, CardWanted, Connect, Listener, MemberStatus, Model, NewMember};
 use crate::ModelInfo;
 use crate::core::Node;
 use baton_cluster_state::NodeRecord;
@@ -12,7 +13,6 @@ use baton_scheduling::{BlockIndex, HandoverTimes, Held, NodeView, Routed};
 use baton_types::{BlockHash, Instance, NodeId, NodeRole, NodeState, NumericsId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// The members. Clones share them.
 #[derive(Clone)]
@@ -20,7 +20,7 @@ pub(crate) struct Members {
     roster: Arc<Mutex<Roster>>,
     /// Which node holds which blocks. Not under the roster's lock: many blocks come at once.
     index: Arc<RwLock<BlockIndex>>,
-    changed: watch::Sender<u64>,
+    changed: Changes,
     clock: Clock,
     options: Options,
 }
@@ -35,20 +35,20 @@ struct Options {
 
 impl Members {
     /// `index` is filled by whoever learns where blocks are.
-    pub(crate) fn new(clock: Clock, grace: Duration, inhibit: Duration, index: BlockIndex) -> Self {
+    pub(crate) fn new(clock: Clock, grace: Duration, inhibit: Duration, index: BlockIndex, connect: Connect) -> Self {
         let options = Options { grace, inhibit };
         Self {
-            roster: Arc::new(Mutex::new(Roster::new())),
+            roster: Arc::new(Mutex::new(Roster::new(connect))),
             index: Arc::new(RwLock::new(index)),
-            changed: watch::Sender::new(0),
+            changed: Changes::default(),
             clock,
             options,
         }
     }
 
     /// Rises with every change of who is there and how loaded they are.
-    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
+    pub(crate) fn changes(&self) -> Listener {
+        self.changed.listen()
     }
 
     fn lock(&self) -> MutexGuard<'_, Roster> {
@@ -57,17 +57,14 @@ impl Members {
 
     fn change<T>(&self, change: impl FnOnce(&mut Roster, Moment) -> T) -> T {
         let now = self.clock.now();
-        let (result, left) = {
+        let result = {
             let mut state = self.lock();
             let result = change(&mut state, now);
             state.regroup();
             state.has_changed();
-            (result, std::mem::take(&mut state.left))
+            result
         };
-        if !left.is_empty() {
-            self.index(|index| left.iter().for_each(|node| index.drop_node(*node)));
-        }
-        self.changed.send_modify(|version| *version += 1);
+        self.changed.tell();
         result
     }
 
@@ -140,7 +137,7 @@ impl Members {
             member.full = false;
             state.spoke(node.instance);
         }
-        self.changed.send_modify(|version| *version += 1);
+        self.changed.tell();
         true
     }
 
@@ -215,11 +212,11 @@ impl Members {
     /// A node had no place; it is left alone until its next heartbeat.
     pub(crate) fn full(&self, node: &Node) {
         self.lock().is_full(node.instance);
-        self.changed.send_modify(|version| *version += 1);
+        self.changed.tell();
     }
 
     /// Changes which node holds which blocks.
-    pub(super) fn index(&self, change: impl FnOnce(&mut BlockIndex)) {
+    pub(crate) fn index(&self, change: impl FnOnce(&mut BlockIndex)) {
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut index);
     }
@@ -387,7 +384,7 @@ impl Members {
     }
 
     /// A card came; it stands unless the model has become another one meanwhile.
-    pub(super) fn set_model(&self, name: &str, model: Model) {
+    pub(crate) fn set_model(&self, name: &str, model: Model) {
         self.change(|state, _| {
             if let Some(entry) = state.models.get_mut(name)
                 && entry.fingerprint == model.card.fingerprint

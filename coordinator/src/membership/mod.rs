@@ -1,6 +1,7 @@
 //! Who serves: the nodes that the store names, what their heartbeats say, and the models that they serve together.
 //! The store steers new placement only; whether a node answers is learnt from the node itself.
 
+mod changes;
 mod channel;
 mod heartbeat;
 mod load;
@@ -12,6 +13,8 @@ mod roster;
 mod roster_test;
 mod watch;
 
+pub(crate) use changes::Listener;
+pub(crate) use channel::{Connect, network};
 pub(crate) use load::Claim;
 pub(crate) use locations::watch_locations;
 pub(crate) use members::Members;
@@ -19,3 +22,5 @@ pub(crate) use model::Model;
 pub(crate) use roster::{Candidate, MemberStatus};
 use roster::{CardWanted, NewMember};
 pub(crate) use watch::{WatchOptions, watch};
+#[cfg(test)]
+pub(crate) use {changes::Changes, channel::endpoint};

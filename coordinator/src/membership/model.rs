@@ -23,7 +23,7 @@ pub(crate) struct Model {
 
 /// A card that could not be had.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CardError {
+pub(crate) enum CardError {
     #[error("the node does not send its model card: {0}")]
     Status(#[from] Box<tonic::Status>),
     #[error("the model card is larger than {CARD_BYTES_MAX} bytes")]
@@ -67,7 +67,7 @@ impl Model {
         Self::new(card, created)
     }
 
-    pub(super) fn new(card: ModelCard, created: u64) -> Result<Self, CardError> {
+    pub(crate) fn new(card: ModelCard, created: u64) -> Result<Self, CardError> {
         let tokenizer = Tokenizer::new(&card)?;
         let template = match &card.chat_template {
             Some(source) => Some(ChatTemplate::new(source, &card.bos_text, &card.eos_text)?),

@@ -3,8 +3,9 @@
 //! Of several nodes that name the same model, those that fit together serve: the first that came sets fingerprint and KV
 //! geometry, and keeps them for the model as long as a node of that kind answers. Others are refused by name of the field.
 
+use super::changes::Changes;
 use super::load::{Beat, Claim};
-use super::{Model, channel};
+use super::{Connect, Model};
 use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::{CancellationToken, Moment};
@@ -14,7 +15,6 @@ use baton_types::{Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, Node
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 use tonic::transport::Channel;
 
 /// Pairs of nodes whose hand-overs are told apart. At most 300 bytes each.
@@ -25,8 +25,6 @@ pub(super) struct Roster {
     pub(super) members: BTreeMap<NodeId, Member>,
     pub(super) models: HashMap<String, ModelEntry>,
     pub(super) handovers: HandoverTimes,
-    /// Processes that left since somebody looked.
-    pub(super) left: Vec<Instance>,
     /// Who has this instance.
     names: HashMap<Instance, NodeId>,
     /// Who takes work, by model; as of the last change that is not `stale`.
@@ -35,6 +33,7 @@ pub(super) struct Roster {
     /// When the next one that is left alone takes work again.
     release: Option<Moment>,
     arrivals: u64,
+    connect: Connect,
 }
 
 /// The nodes of one model that take work.
@@ -100,7 +99,7 @@ pub(crate) struct Candidate {
     pub(crate) channel: Channel,
     pub(crate) numerics: NumericsId,
     placed: Arc<Placed>,
-    changed: watch::Sender<u64>,
+    changed: Changes,
 }
 
 impl Candidate {
@@ -137,17 +136,17 @@ pub(super) struct NewMember {
 }
 
 impl Roster {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(connect: Connect) -> Self {
         Self {
             members: BTreeMap::new(),
             models: HashMap::new(),
             handovers: HandoverTimes::new(PAIRS_MAX),
-            left: Vec::new(),
             names: HashMap::new(),
             working: HashMap::new(),
             stale: false,
             release: None,
             arrivals: 0,
+            connect,
         }
     }
 
@@ -160,7 +159,6 @@ impl Roster {
     fn forget(&mut self, instance: Instance) {
         self.handovers.forget(instance);
         self.names.remove(&instance);
-        self.left.push(instance);
     }
 
     pub(super) fn name_of(&self, instance: Instance) -> Option<&NodeId> {
@@ -271,7 +269,7 @@ impl Roster {
             member.record = record;
             return None;
         }
-        let channel = match channel::open(&record.grpc_address) {
+        let channel = match (self.connect)(&record.grpc_address) {
             Ok(channel) => channel,
             Err(error) => {
                 let address = &record.grpc_address;
@@ -429,7 +427,7 @@ impl Member {
         })
     }
 
-    pub(super) fn candidate(&self, changed: &watch::Sender<u64>) -> Candidate {
+    pub(super) fn candidate(&self, changed: &Changes) -> Candidate {
         Candidate {
             node: Node {
                 id: self.record.node_id.clone(),

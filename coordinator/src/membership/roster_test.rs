@@ -1,7 +1,7 @@
 //! Who serves, as records, heartbeats and failures come and go.
 
-use super::Members;
 use super::model::Model;
+use super::{Members, network};
 use crate::core::Node;
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::Clock;
@@ -84,7 +84,7 @@ fn beat(members: &Members, name: &str, instance: u64, state: &str) {
 }
 
 fn members() -> Members {
-    Members::new(Clock::new(), GRACE, INHIBIT, BlockIndex::new(100))
+    Members::new(Clock::new(), GRACE, INHIBIT, BlockIndex::new(100), network())
 }
 
 /// Of a node that has joined and beats.
@@ -267,5 +267,8 @@ async fn routing_is_told_what_nodes_hold_and_how_fast_they_were() {
     assert!(members.put(record("p", 3, 1)).is_some());
     beat(&members, "p", 3, "ready");
     assert_eq!(told(&members)[0].held_tokens, 0);
+    // Its locations go when the store says so, and only then: the store's two watches are not in step.
+    assert!(!members.numerics_with_known_blocks("m").is_empty());
+    members.index(|index| index.drop_node(Instance(2)));
     assert!(members.numerics_with_known_blocks("m").is_empty());
 }

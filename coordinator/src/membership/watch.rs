@@ -2,15 +2,16 @@
 
 use super::heartbeat::{HeartbeatOptions, listen};
 use super::{Members, NewMember};
-use baton_cluster_state::{MembershipEvent, Store};
+use baton_cluster_state::MembershipEvent;
 use baton_node_runtime::{Clock, Supervisor};
 use baton_types::Instance;
+use futures::stream::{Stream, StreamExt};
+use std::pin::pin;
 use std::time::Duration;
 
 /// What the tasks need.
 #[derive(Clone)]
 pub(crate) struct WatchOptions {
-    pub(crate) store: Store,
     pub(crate) members: Members,
     /// This coordinator.
     pub(crate) instance: Instance,
@@ -20,12 +21,12 @@ pub(crate) struct WatchOptions {
     pub(crate) supervisor: Supervisor,
 }
 
-/// Starts following. It ends with the supervisor.
-pub(crate) fn watch(options: WatchOptions) {
+/// Starts following what the store says of its nodes. It ends with the supervisor.
+pub(crate) fn watch(nodes: impl Stream<Item = MembershipEvent> + Send + 'static, options: WatchOptions) {
     let supervisor = options.supervisor.clone();
     let shutdown = supervisor.shutdown_token();
     supervisor.spawn("membership", async move {
-        let mut nodes = options.store.watch_nodes();
+        let mut nodes = pin!(nodes);
         let listen_to = |new: NewMember| {
             let heartbeat = HeartbeatOptions {
                 members: options.members.clone(),
@@ -38,6 +39,7 @@ pub(crate) fn watch(options: WatchOptions) {
             options.supervisor.spawn("heartbeat", async move {
                 let cancel = new.cancel.clone();
                 tokio::select! {
+                    biased;
                     () = cancel.cancelled() => {}
                     () = shutdown.cancelled() => {}
                     () = listen(new, heartbeat) => {}
@@ -46,15 +48,18 @@ pub(crate) fn watch(options: WatchOptions) {
         };
         loop {
             let event = tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return,
                 event = nodes.next() => event,
             };
             match event {
-                MembershipEvent::Snapshot(records) => {
+                // The store's watch has no end.
+                None => return,
+                Some(MembershipEvent::Snapshot(records)) => {
                     options.members.snapshot(records).into_iter().for_each(&listen_to);
                 }
-                MembershipEvent::Put(record) => options.members.put(record).into_iter().for_each(&listen_to),
-                MembershipEvent::Gone { node_id, instance } => options.members.gone(&node_id, instance),
+                Some(MembershipEvent::Put(record)) => options.members.put(record).into_iter().for_each(&listen_to),
+                Some(MembershipEvent::Gone { node_id, instance }) => options.members.gone(&node_id, instance),
             }
         }
     });

@@ -35,12 +35,9 @@ pub(super) async fn follow(
             readiness.set(serving, if serving { "ready" } else { "no decode node is ready" });
         }
         tokio::select! {
+            biased;
             () = doors.cancelled() => break,
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    break;
-                }
-            }
+            () = changes.changed() => {}
         }
     }
     for service in ["", "baton.v1.Inference", "baton.v1.Admin"] {
