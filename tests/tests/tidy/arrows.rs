@@ -5,7 +5,7 @@ use super::source::{lines_with, sources};
 use super::workspace::{Package, packages};
 
 /// What each of our packages may use of our own. An arrow points down only: a row names packages of rows above it.
-const MAY_USE: [(&str, &[&str]); 16] = [
+const MAY_USE: [(&str, &[&str]); 17] = [
     ("baton-types", &[]),
     ("baton-gguf", &[]),
     ("baton-node-runtime", &["baton-types"]),
@@ -13,6 +13,7 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     ("baton-engine", &["baton-types", "baton-gguf"]),
     ("baton-text", &["baton-types", "baton-gguf"]),
     ("baton-scheduling", &["baton-types"]),
+    ("baton-planner", &["baton-types", "baton-scheduling"]),
     ("baton-cluster-state", &["baton-types", "baton-node-runtime"]),
     ("baton-kv-transfer", &["baton-types", "baton-node-runtime"]),
     (

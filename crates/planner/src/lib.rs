@@ -1,0 +1,16 @@
+//! How many prefill nodes and how many decode nodes a workload needs: profiles of nodes, a simulator that runs the live
+//! decisions of `baton-scheduling`, and the search over counts. No clock, no network; chance comes from seeds alone.
+
+#![warn(missing_docs)]
+
+mod nanos;
+pub mod profile;
+pub mod search;
+
+pub mod sim;
+pub mod slo;
+pub mod stats;
+
+pub mod workload;
+
+pub use nanos::Nanos;

@@ -1,0 +1,19 @@
+//! What is known of one kind of node that serves one model: how long it computes, sends and starts, and how much KV it has.
+
+mod error;
+mod file;
+mod gpus;
+mod grid;
+mod models;
+mod node;
+mod roofline;
+mod row;
+
+pub use error::{OutOfRange, ProfileError};
+pub use file::{Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual};
+pub use gpus::{GPUS, Gpu, gpu};
+pub use grid::Grid;
+pub use models::{MODELS, model};
+pub use node::NodeModel;
+pub use roofline::estimate;
+pub use row::{DecodeRow, Segment};

@@ -1,0 +1,110 @@
+//! A profile made ready to be asked often.
+
+use super::{DecodeRow, Grid, OutOfRange, Profile, grid};
+
+const PREFILL: [&str; 2] = ["prefill.new_tokens", "prefill.context_tokens"];
+const DECODE_CONTEXT: &str = "decode.total_context_tokens";
+const DECODE_BATCH: &str = "decode.batch";
+
+/// How long one kind of node takes for what.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeModel {
+    /// The profile's name.
+    pub name: String,
+    /// Tokens of one KV block.
+    pub block_tokens: u32,
+    /// Prompt tokens of one step.
+    pub chunk_tokens: u32,
+    /// KV blocks.
+    pub blocks: u32,
+    /// Requests that may wait.
+    pub queue_max: u32,
+    /// Prompts that a prefill node may have in hand.
+    pub prefill_running_max: u32,
+    /// Bytes of one KV block.
+    pub block_bytes: u64,
+    /// Layers.
+    pub layers: u32,
+    /// Added to a first token, seconds.
+    pub request_overhead_s: f64,
+    prefill: Grid,
+    decode: Grid,
+    mixed_saves_s: f64,
+    handover: Grid,
+}
+
+impl NodeModel {
+    /// Of a checked profile, over its first path.
+    pub fn new(profile: &Profile) -> Self {
+        let path = &profile.handover[0];
+        let blocks = profile.kv_capacity_tokens / u64::from(profile.block_tokens);
+        Self {
+            name: profile.name.clone(),
+            block_tokens: profile.block_tokens,
+            chunk_tokens: profile.chunk_tokens,
+            blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
+            queue_max: profile.queue_max,
+            prefill_running_max: profile.prefill_running_max,
+            block_bytes: u64::from(profile.block_tokens) * profile.model.kv_bytes_per_token,
+            layers: profile.model.layers,
+            request_overhead_s: profile.request_overhead_s,
+            prefill: profile.prefill.clone(),
+            decode: profile.decode.clone(),
+            mixed_saves_s: profile.mixed_saves_s,
+            handover: Grid {
+                x: path.bytes.clone(),
+                y: vec![0.0],
+                seconds: path.seconds.iter().map(|s| vec![*s]).collect(),
+            },
+        }
+    }
+
+    /// Seconds of a step that computes parts of prompts, each `(new tokens, tokens before them)`. Several parts take as long as
+    /// one of all their tokens with as many pairs of tokens to attend to.
+    ///
+    /// # Errors
+    /// Outside the profile.
+    pub fn prefill_step(&self, parts: &[(u32, u32)]) -> Result<f64, OutOfRange> {
+        if let [(new, context)] = parts {
+            return self.prefill.at(f64::from(*new), f64::from(*context), PREFILL);
+        }
+        let new: f64 = parts.iter().map(|(new, _)| f64::from(*new)).sum();
+        let pairs: f64 = parts
+            .iter()
+            .map(|(new, context)| f64::from(*new) * (f64::from(*context) + f64::from(*new) / 2.0))
+            .sum();
+        self.prefill.at(new, (pairs / new - new / 2.0).max(0.0), PREFILL)
+    }
+
+    /// The decode step of so many sequences, over their tokens in all.
+    ///
+    /// # Errors
+    /// Outside the profile.
+    pub fn decode_row(&self, batch: u32) -> Result<DecodeRow, OutOfRange> {
+        let (i, across) = grid::place(&self.decode.x, f64::from(batch), DECODE_BATCH)?;
+        let (low, high) = (&self.decode.seconds[i], self.decode.seconds.get(i + 1));
+        let seconds = match high {
+            Some(high) if across > 0.0 => low.iter().zip(high).map(|(l, h)| l + (h - l) * across).collect(),
+            _ => low.clone(),
+        };
+        Ok(DecodeRow::new(batch, self.decode.y.clone(), seconds, DECODE_CONTEXT))
+    }
+
+    /// Seconds of a step that does both.
+    pub fn mixed(&self, prefill_s: f64, decode_s: f64) -> f64 {
+        (prefill_s + decode_s - self.mixed_saves_s).max(prefill_s.max(decode_s))
+    }
+
+    /// Seconds to push so many bytes.
+    ///
+    /// # Errors
+    /// Outside the profile.
+    pub fn handover(&self, bytes: u64) -> Result<f64, OutOfRange> {
+        self.handover.at(bytes as f64, 0.0, ["handover.bytes", "handover"])
+    }
+
+    /// KV blocks of so many tokens.
+    pub fn blocks_for(&self, tokens: u32) -> u32 {
+        tokens.div_ceil(self.block_tokens)
+    }
+}

@@ -1,0 +1,85 @@
+//! What is simulated.
+
+use crate::profile::{NodeModel, OutOfRange};
+use crate::slo::Slo;
+use baton_scheduling::{AdmissionLimits, Policy, Slo as RouteSlo};
+use std::sync::Arc;
+
+/// A cluster and how it decides. The defaults are those of the live processes.
+#[derive(Debug, Clone)]
+pub struct SimOptions {
+    /// Prefill nodes.
+    pub prefill: Vec<Arc<NodeModel>>,
+    /// Decode nodes.
+    pub decode: Vec<Arc<NodeModel>>,
+    /// How nodes are chosen.
+    pub policy: Policy,
+    /// Bounds that routing keeps to.
+    pub route_slo: RouteSlo,
+    /// Bounds of the coordinator.
+    pub admission: AdmissionLimits,
+    /// Nodes keep prompts' blocks for later ones, as far as the workload says which they share.
+    pub prefix_cache: bool,
+    /// What requests are judged by.
+    pub slo: Slo,
+    /// Ends as soon as the SLO cannot be met any more.
+    pub give_up: bool,
+}
+
+impl SimOptions {
+    /// So many equal nodes.
+    pub fn new(node: &Arc<NodeModel>, prefill: usize, decode: usize, slo: Slo) -> Self {
+        Self {
+            prefill: vec![Arc::clone(node); prefill],
+            decode: vec![Arc::clone(node); decode],
+            policy: Policy::default(),
+            route_slo: RouteSlo::default(),
+            admission: AdmissionLimits {
+                requests_max: 4096,
+                queued_max: 1024,
+            },
+            prefix_cache: true,
+            slo,
+            give_up: false,
+        }
+    }
+}
+
+/// Why there is no outcome.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SimError {
+    /// A node did what its profile does not cover.
+    #[error("the profile {profile} does not cover this: {source}")]
+    OutOfRange {
+        /// Which profile.
+        profile: String,
+        /// What it does not cover.
+        source: OutOfRange,
+    },
+    /// Requests wait for each other without end.
+    #[error("{open} requests wait for each other: the cluster stands still")]
+    Stalled {
+        /// How many.
+        open: u32,
+    },
+    /// Without decode nodes nothing can be served.
+    #[error("a cluster needs at least one decode node")]
+    NoDecodeNode,
+    /// The trace's blocks are no multiple of the nodes'.
+    #[error(
+        "the trace's prefix blocks have {trace} tokens, which is no multiple of the profile's block_tokens of {node}"
+    )]
+    BlockTokens {
+        /// Of the trace.
+        trace: u32,
+        /// Of the node.
+        node: u32,
+    },
+}
+
+impl SimError {
+    /// The same is simulated again.
+    pub fn is_retryable(&self) -> bool {
+        false
+    }
+}

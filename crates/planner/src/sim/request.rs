@@ -1,0 +1,30 @@
+//! Where one request is.
+
+use super::pool::Table;
+use crate::Nanos;
+
+/// Its way through the cluster.
+#[derive(Debug, Default)]
+pub(super) struct Journey {
+    pub prefill: Option<u32>,
+    pub decode: u32,
+    /// Tokens that the coordinator counts as waiting at the node that prefills.
+    pub claimed: u32,
+    /// Its blocks on the decode node, while they are reserved.
+    pub reserved: Option<Table>,
+    pub reserved_blocks: u32,
+    /// Its blocks on the prefill node, while they are sent.
+    pub sending: Option<Table>,
+    /// Tokens whose KV the decode node has, or is being sent.
+    pub sent: u32,
+    /// Tokens that the prefill node has computed, and how long its last chunk took.
+    pub computed: u32,
+    pub last_chunk: Nanos,
+    /// The prompt is computed since.
+    pub prefilled: Option<Nanos>,
+    /// When the last push so far ends.
+    pub pushed_until: Nanos,
+    pub tokens_handed: u32,
+    pub started: bool,
+    pub fate: Option<super::outcome::Fate>,
+}

@@ -1,0 +1,7 @@
+//! The simulator as a whole.
+
+#![allow(clippy::unwrap_used)]
+
+mod plain;
+mod properties;
+mod truths;

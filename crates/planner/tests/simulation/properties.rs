@@ -1,0 +1,146 @@
+//! What holds for every cluster and every workload.
+
+use crate::plain::node;
+use baton_planner::profile::{NodeModel, Profile, estimate, gpu, model};
+use baton_planner::sim::{Outcome, SimOptions, simulate};
+use baton_planner::slo::Slo;
+use baton_planner::workload::{Arrivals, Generator, Lengths, Workload};
+use baton_scheduling::{AdmissionLimits, Policy};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use std::sync::Arc;
+
+fn slo() -> Slo {
+    "ttft_p90=2s,itl_p99=40ms".parse().unwrap()
+}
+
+fn small_kv(tokens: u64) -> Arc<NodeModel> {
+    let profile = estimate(gpu("h100").unwrap(), model("llama-3.1-8b").unwrap()).unwrap();
+    node(&Profile {
+        kv_capacity_tokens: tokens,
+        ..profile
+    })
+}
+
+fn drawn(requests: usize, rate: f64, seed: u64) -> Workload {
+    let generator = Generator {
+        requests,
+        arrivals: Arrivals::Poisson(rate),
+        inputs: Lengths::LogNormal {
+            median: 2000.0,
+            sigma: 1.2,
+            max: 30_000,
+        },
+        outputs: Lengths::Exponential(200.0),
+    };
+    generator.draw(seed)
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    prop_oneof![
+        Just(Policy::Predicted),
+        Just(Policy::LeastLoaded),
+        Just(Policy::RoundRobin),
+        Just(Policy::RandomTwo)
+    ]
+}
+
+fn conserved(workload: &Workload, outcome: &Outcome) {
+    assert_eq!(outcome.requests.len(), workload.len());
+    assert_eq!(outcome.served() + outcome.refused(), workload.len());
+    let mut gaps = 0;
+    for (served, request) in outcome.requests.iter().zip(workload.requests()) {
+        match (served.ttft, served.e2e) {
+            (Some(ttft), Some(e2e)) => {
+                assert_eq!(served.tokens, request.output);
+                assert!(ttft <= e2e, "{served:?}");
+                gaps += u64::from(request.output) - 1;
+            }
+            (_, None) => assert!(!served.good && served.ttft.is_none(), "{served:?}"),
+            (None, Some(_)) => panic!("served without a first token: {served:?}"),
+        }
+    }
+    if outcome.refused() == 0 {
+        assert_eq!(outcome.itl.total(), gaps);
+    }
+    for used in &outcome.nodes {
+        assert!(used.kv_peak <= 1.0, "{used:?}");
+        assert!(used.prefilling + used.decoding <= 1.0 + 1e-9, "{used:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, rng_seed: RngSeed::Fixed(7), ..ProptestConfig::default() })]
+
+    /// Debug builds also look at every event's time, and at every block that is taken.
+    #[test]
+    fn what_comes_in_comes_out_whatever_happens(
+        seed in 0u64..1000, rate in 1.0f64..40.0, prefill in 0usize..4, decode in 1usize..4,
+        kv in 20_000u64..200_000, policy in policy(), queued_max in 1u32..200, queue_max in 1u32..64,
+    ) {
+        let workload = drawn(150, rate, seed);
+        let mut kind = (*small_kv(kv)).clone();
+        kind.queue_max = queue_max;
+        let mut options = SimOptions::new(&Arc::new(kind), prefill, decode, slo());
+        options.policy = policy;
+        options.admission = AdmissionLimits { requests_max: 300, queued_max };
+        let outcome = simulate(&workload, &options).unwrap();
+        conserved(&workload, &outcome);
+        prop_assert_eq!(&outcome, &simulate(&workload, &options).unwrap(), "the same again");
+        let bytes = |outcome: &Outcome| format!("{outcome:?}").into_bytes();
+        prop_assert_eq!(bytes(&outcome), bytes(&simulate(&workload, &options).unwrap()));
+    }
+
+    /// Up to a twentieth of the requests: routing by heuristics may send the same request to another node where there are more.
+    /// More on one side alone is tried where the cluster is not overloaded: more prefill nodes before overloaded decode nodes
+    /// let more sequences in at once, and all of them get slower.
+    #[test]
+    fn more_nodes_never_lower_goodput(
+        seed in 0u64..1000, rate in 2.0f64..30.0, prefill in 1usize..4, decode in 1usize..4,
+        policy in prop_oneof![Just(Policy::LeastLoaded), Just(Policy::Predicted)],
+    ) {
+        let (workload, kind) = (drawn(250, rate, seed), small_kv(400_000));
+        let good = |prefill, decode| {
+            let mut options = SimOptions::new(&kind, prefill, decode, slo());
+            (options.prefix_cache, options.policy) = (false, policy);
+            simulate(&workload, &options).unwrap().good_share()
+        };
+        let base = good(prefill, decode);
+        let mut more = vec![(prefill + 1, decode + 1)];
+        if base >= 0.9 {
+            more.extend([(prefill + 1, decode), (prefill, decode + 1)]);
+        }
+        for (p, d) in more {
+            let more = good(p, d);
+            prop_assert!(more >= base - 0.05, "{base} good with {prefill}P+{decode}D, {more} with {p}P+{d}D");
+        }
+    }
+}
+
+#[test]
+fn a_cluster_without_room_preempts_and_still_serves_everybody() {
+    let (workload, kind) = (drawn(300, 30.0, 2), small_kv(45_000));
+    let outcome = simulate(&workload, &SimOptions::new(&kind, 2, 1, slo())).unwrap();
+    conserved(&workload, &outcome);
+    assert_eq!(outcome.refused(), 0);
+    let preempted: u64 = outcome.nodes.iter().map(|used| used.preemptions).sum();
+    assert!(preempted > 0, "{:?}", outcome.nodes);
+    assert!(outcome.nodes[2].kv_peak > 0.9, "{:?}", outcome.nodes);
+}
+
+#[test]
+fn what_the_profile_does_not_cover_is_refused_by_name() {
+    let profile = estimate(gpu("h100").unwrap(), model("smollm2-135m").unwrap()).unwrap();
+    let workload = Generator {
+        requests: 2,
+        arrivals: Arrivals::Even(1.0),
+        inputs: Lengths::Constant(30_000),
+        outputs: Lengths::Constant(5),
+    };
+    let options = SimOptions::new(&node(&profile), 1, 1, slo());
+    let error = simulate(&workload.draw(1), &options).unwrap_err().to_string();
+    assert!(
+        error.contains("prefill.context_tokens of") && error.contains("covers 0 to 8192"),
+        "{error}"
+    );
+}

@@ -1,0 +1,147 @@
+//! The simulator reproduces what is known from theory: single queues, rate matching where lengths are constant, and that
+//! means hide what percentiles miss.
+
+use crate::plain::{node, plain};
+use baton_planner::profile::{NodeModel, estimate, gpu, model};
+use baton_planner::search::RateMatch;
+use baton_planner::sim::{Outcome, SimOptions, simulate};
+use baton_planner::slo::{Metric, Slo};
+use baton_planner::stats;
+use baton_planner::workload::{Arrivals, Generator, Lengths, Workload};
+use baton_scheduling::Policy;
+use std::sync::Arc;
+
+/// One prefill node, and answers of one token: a single queue. Gives the waits after a warm-up.
+fn waits(inputs: Lengths, load: f64, seed: u64) -> Vec<f64> {
+    let workload = Generator {
+        requests: 22_000,
+        arrivals: Arrivals::Poisson(load),
+        inputs,
+        outputs: Lengths::Constant(1),
+    };
+    let workload = workload.draw(seed);
+    let mut options = SimOptions::new(&node(&plain(0.01)), 1, 1, Slo::default());
+    options.policy = Policy::LeastLoaded;
+    let outcome = simulate(&workload, &options).unwrap();
+    let wait = |(served, request): (&baton_planner::sim::Served, &baton_planner::workload::Request)| {
+        served.ttft.unwrap().seconds() - f64::from(request.input) / 1e3
+    };
+    let waits = outcome.requests.iter().zip(workload.requests()).map(wait);
+    waits.skip(2000).collect()
+}
+
+#[test]
+fn m_d_1_waits_as_long_as_pollaczek_and_khinchine_say() {
+    for load in [0.5, 0.8] {
+        let mean = stats::mean(&waits(Lengths::Constant(1000), load, 11));
+        let expected = load / (2.0 * (1.0 - load));
+        assert!(mean.contains(expected), "load {load}: {mean:?}, expected {expected}");
+        assert!(
+            (mean.mid / expected - 1.0).abs() < 0.15,
+            "load {load}: {mean:?}, expected {expected}"
+        );
+    }
+}
+
+#[test]
+fn m_g_1_waits_as_long_as_pollaczek_and_khinchine_say() {
+    // Exponential service of mean 1 s: the second moment is 2 s^2, so that the wait is twice that of constant service.
+    let mean = stats::mean(&waits(Lengths::Exponential(1000.0), 0.7, 12));
+    let expected = 0.7 * 2.0 / (2.0 * 0.3);
+    assert!(mean.contains(expected), "{mean:?}, expected {expected}");
+    // Log-normal service: E[S^2] = median^2 exp(2 sigma^2), E[S] = median exp(sigma^2 / 2).
+    let sigma: f64 = 0.8;
+    let law = Lengths::LogNormal {
+        median: 1000.0,
+        sigma,
+        max: 100_000,
+    };
+    let rate = 0.4;
+    let (first, second) = ((sigma * sigma / 2.0).exp(), (2.0 * sigma * sigma).exp());
+    let expected = rate * second / (2.0 * (1.0 - rate * first));
+    let mean = stats::mean(&waits(law, rate, 13));
+    assert!(mean.contains(expected), "{mean:?}, expected {expected}");
+}
+
+fn h100() -> Arc<NodeModel> {
+    let profile = estimate(gpu("h100").unwrap(), model("llama-3.1-8b").unwrap()).unwrap();
+    node(&profile)
+}
+
+fn constant(rate: f64) -> Workload {
+    let generator = Generator {
+        requests: 2500,
+        arrivals: Arrivals::Even(rate),
+        inputs: Lengths::Constant(4096),
+        outputs: Lengths::Constant(300),
+    };
+    generator.draw(1)
+}
+
+/// Without local prefill, of which rate matching knows nothing either.
+fn served(workload: &Workload, node: &Arc<NodeModel>, split: (usize, usize), slo: &Slo) -> Outcome {
+    let mut options = SimOptions::new(node, split.0, split.1, slo.clone());
+    options.policy = Policy::LeastLoaded;
+    simulate(workload, &options).unwrap()
+}
+
+#[test]
+fn with_constant_lengths_rate_matching_is_right() {
+    let (node, slo) = (h100(), "ttft_p90=2s,itl_p90=25ms".parse::<Slo>().unwrap());
+    let matched = RateMatch::of(&constant(1.0), &node, &slo).unwrap().unwrap();
+    let best = matched.best(8);
+    let rate = matched.rate(best.0, best.1);
+    let at = |share: f64, split| served(&constant(rate * share), &node, split, &slo);
+    let below = at(0.85, best);
+    assert!(below.meets(&slo), "{best:?} at 85% of {rate}: {:?}", below.good_share());
+    let above = at(1.25, best);
+    assert!(
+        !above.meets(&slo),
+        "{best:?} at 125% of {rate}: {:?}",
+        above.good_share()
+    );
+    // No other division of the nodes serves more at the rate that this one is matched to.
+    let good = |prefill| at(1.0, (prefill, 8 - prefill)).good_share();
+    let winner = (1..8).max_by(|a, b| good(*a).total_cmp(&good(*b))).unwrap();
+    assert!(winner.abs_diff(best.0) <= 1, "matched {best:?}, simulated {winner}P");
+}
+
+#[test]
+fn means_hide_a_cliff() {
+    // Lengths as those of Mooncake's conversations: heavy-tailed, median 6,909 and mean 12,035 tokens.
+    let generator = Generator {
+        requests: 3000,
+        arrivals: Arrivals::Poisson(6.0),
+        inputs: Lengths::LogNormal {
+            median: 6909.0,
+            sigma: 1.05,
+            max: 126_000,
+        },
+        outputs: Lengths::Constant(343),
+    };
+    let workload = generator.draw(4);
+    let (node, slo) = (h100(), "ttft_p90=3s,itl_p99=50ms".parse::<Slo>().unwrap());
+    let matched = RateMatch::of(&workload, &node, &slo).unwrap().unwrap();
+    let (enough, _) = matched.needed(workload.rate());
+    let run = |prefill| served(&workload, &node, (prefill, 8 - prefill), &slo);
+    let mean_ttft = |outcome: &Outcome| {
+        let times: Vec<f64> = outcome
+            .requests
+            .iter()
+            .filter_map(|r| r.ttft)
+            .map(|t| t.seconds())
+            .collect();
+        times.iter().sum::<f64>() / times.len() as f64
+    };
+    let clause = *slo.on(Metric::Ttft).unwrap();
+    let (less, matched, more) = (run(enough - 1), run(enough), run(enough + 1));
+    let shares = [&less, &matched, &more].map(|outcome| outcome.attainment(&clause));
+    let figures = format!(
+        "{enough}P by means: shares {shares:?}, mean TTFT {} s",
+        mean_ttft(&matched)
+    );
+    assert!(mean_ttft(&matched) < 3.0, "the mean says that it is enough: {figures}");
+    assert!(shares[1] < 0.9, "the percentile says that it is not: {figures}");
+    assert!(shares[2] >= 0.9, "one more is: {figures}");
+    assert!(shares[0] < 0.5, "one less is off the cliff: {figures}");
+}
