@@ -2,7 +2,7 @@
 
 use super::{Sim, draw};
 use crate::driver::Coordinator;
-use crate::{ApiCode, Frontend, GenerateInput, Generation, GenerationEvent, PromptInput};
+use crate::{ApiCode, ApiError, Frontend, GenerateInput, Generation, GenerationEvent, PromptInput};
 use baton_types::{RequestId, SamplingParams};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use tokio::time::Instant;
 const CLIENTS: usize = 24;
 /// All of them come within this time.
 const COME_WITHIN_MS: usize = 5_000;
+const LONG: Duration = Duration::from_secs(20);
 /// How long after its deadline a request may still end.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -34,12 +35,13 @@ pub(super) fn start(sim: &Arc<Sim>, coordinator: &Coordinator) -> JoinSet<()> {
             .map(|i| (i * 7 + family * 31) % 250)
             .chain((0..own).map(|i| (i * 13 + number as u32 * 17) % 250))
             .collect();
-        let short = sim.one_in(8);
+        let hurry = Duration::from_millis(20 + sim.throw(500) as u64);
+        let timeout = if sim.one_in(8) { hurry } else { LONG };
         let ask = Ask {
             number,
             prompt,
             max_tokens: 1 + sim.throw(150),
-            timeout: Duration::from_millis(if short { 20 + sim.throw(500) } else { 20_000 } as u64),
+            timeout,
             leaves: sim.one_in(6).then(|| Duration::from_millis(sim.throw(400) as u64)),
         };
         let (sim, coordinator) = (Arc::clone(sim), coordinator.clone());
@@ -79,16 +81,27 @@ impl Ask {
             }
             Err(error) => {
                 sim.note("refused", self.number);
-                sim.told.lock().unwrap().failed += 1;
-                if !matches!(error.code, ApiCode::ResourceExhausted | ApiCode::Unavailable) {
-                    sim.complain(format!("request {} was refused: {error:?}", self.number));
-                }
+                self.failed(sim, &error);
             }
         }
         let took = begun.elapsed();
         if took > self.timeout + GRACE {
             let number = self.number;
             sim.complain(format!("request {number} took {took:?} of {:?}", self.timeout));
+        }
+    }
+
+    /// Only where something goes wrong, or the request is in a hurry.
+    fn failed(&self, sim: &Sim, error: &ApiError) {
+        sim.told.lock().unwrap().failed += 1;
+        let may = match error.code {
+            ApiCode::DeadlineExceeded => self.timeout < LONG || !sim.is_calm(),
+            // The last one: two nodes died under it.
+            ApiCode::Unavailable | ApiCode::ResourceExhausted | ApiCode::Internal => !sim.is_calm(),
+            _ => false,
+        };
+        if !may {
+            sim.complain(format!("request {} failed: {error:?}", self.number));
         }
     }
 
@@ -129,17 +142,7 @@ impl Ask {
                 GenerationEvent::Failed(error) => {
                     ends += 1;
                     sim.note("failed", self.number);
-                    sim.told.lock().unwrap().failed += 1;
-                    let may = [
-                        ApiCode::Unavailable,
-                        ApiCode::DeadlineExceeded,
-                        ApiCode::ResourceExhausted,
-                        // Two nodes died under it.
-                        ApiCode::Internal,
-                    ];
-                    if !may.contains(&error.code) {
-                        sim.complain(format!("request {} failed: {error:?}", self.number));
-                    }
+                    self.failed(sim, &error);
                 }
             }
         }

@@ -81,6 +81,8 @@ struct Sim {
     network: Network,
     store: Store,
     members: OnceLock<Members>,
+    /// Nothing goes wrong here.
+    calm: OnceLock<bool>,
     bug: Option<Planted>,
 }
 
@@ -126,6 +128,10 @@ impl Sim {
 
     fn members(&self) -> &Members {
         self.members.get().expect("the coordinator is there")
+    }
+
+    fn is_calm(&self) -> bool {
+        self.calm.get().is_some_and(|calm| *calm)
     }
 
     /// Takes down what happened, and when.
@@ -205,8 +211,10 @@ async fn world(seed: u64, bug: Option<Planted>) -> (Told, Vec<String>) {
         network: Network::new(),
         store,
         members: OnceLock::new(),
+        calm: OnceLock::new(),
         bug,
     });
+    let _ = sim.calm.set(sim.one_in(8));
     let (clock, supervisor) = (Clock::new(), Supervisor::new());
     let (coordinator, watches) = coordinator(&sim, clock, &supervisor);
     tokio::spawn(feed.run(Arc::clone(&sim), watches));
@@ -219,8 +227,10 @@ async fn world(seed: u64, bug: Option<Planted>) -> (Told, Vec<String>) {
         sim.members().set_model("m", Model::new(card(), 0).unwrap());
     }
     let clients = clients::start(&sim, &coordinator);
-    let coordinator_dies = sim.one_in(4);
-    faults::run(&sim, coordinator_dies).await;
+    let coordinator_dies = !sim.is_calm() && sim.one_in(4);
+    if !sim.is_calm() {
+        faults::run(&sim, coordinator_dies).await;
+    }
     clients.join_all().await;
     rest(&sim, &coordinator, coordinator_dies).await;
     let told = *sim.told.lock().unwrap();

@@ -19,8 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 const BLOCKS: u32 = 1 << 20;
 
-/// When each token of each request was sent: `(first prompt token, token's index, moment)`. The prompt's first token names
-/// the stream.
+/// When each token of each request was sent: `(the stream's name, token's index, moment)`.
 pub type Stamps = Arc<Mutex<Vec<(u32, u32, Instant)>>>;
 
 /// When tokens are sent.
@@ -30,6 +29,8 @@ pub struct Pace {
     pub gap: Duration,
     /// All streams at the same moments, as a batch gives them, instead of spread over the gap.
     pub aligned: bool,
+    /// Tokens that are sent together.
+    pub frame: u32,
 }
 
 /// The running node.
@@ -112,6 +113,15 @@ impl EchoNode {
     }
 }
 
+/// A prompt that names its stream, in tokens that the model has.
+pub fn prompt_of(name: u32) -> Vec<u32> {
+    [[name % 250, name / 250].as_slice(), &[7; 14]].concat()
+}
+
+fn name_of(prompt: &[u32]) -> Option<u32> {
+    Some(prompt.first()? + 250 * prompt.get(1)?)
+}
+
 async fn stream_tokens(
     open: v1::DecodeOpen,
     pace: Pace,
@@ -119,7 +129,7 @@ async fn stream_tokens(
     events: mpsc::Sender<Result<v1::DecodeEvent, Status>>,
 ) -> Option<()> {
     let work = open.work?;
-    let name = *work.prompt.first()?;
+    let name = name_of(&work.prompt)?;
     let total = work.sampling?.max_tokens?;
     let event = |event| Ok(v1::DecodeEvent { event: Some(event) });
     let peer = v1::TransferPeer {
@@ -140,11 +150,14 @@ async fn stream_tokens(
         (f64::from(name) * 0.618_034).fract()
     };
     let start = tokio::time::Instant::now() + pace.gap.mul_f64(share);
-    for index in 0..total {
-        tokio::time::sleep_until(start + pace.gap * (index + 1)).await;
+    for (frame, index) in (0..total).step_by(pace.frame as usize).enumerate() {
+        if !pace.gap.is_zero() {
+            tokio::time::sleep_until(start + pace.gap * (frame as u32 + 1)).await;
+        }
+        let end = (index + pace.frame).min(total);
         let mut tokens = v1::Tokens {
             first_index: index,
-            tokens: vec![97 + index % 26],
+            tokens: (index..end).map(|index| 97 + index % 26).collect(),
             ..v1::Tokens::default()
         };
         if index == 0 {

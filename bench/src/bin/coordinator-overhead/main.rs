@@ -3,6 +3,7 @@
 
 mod echo_node;
 mod measure;
+mod open_loop;
 
 use anyhow::Result;
 use clap::Parser;
@@ -24,6 +25,12 @@ struct Arguments {
     /// All streams' tokens at the same moments, as one node's batch gives them, instead of spread over the gap.
     #[arg(long)]
     aligned: bool,
+    /// Instead of so many streams at a time: this many new ones each second, their tokens in frames of 8 without a gap
+    #[arg(long, value_name = "REQUESTS/S")]
+    rate: Option<f64>,
+    /// Seconds of each half of a round, with --rate
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
     /// Interleaved rounds of (through the coordinator, straight from the node).
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -36,11 +43,27 @@ struct Arguments {
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let mut coordinator = measure::Coordinator::start().await?;
-    let pace = Pace {
-        gap: Duration::from_micros(arguments.gap_us),
-        aligned: arguments.aligned,
+    let pace = match arguments.rate {
+        Some(_) => Pace {
+            gap: Duration::ZERO,
+            aligned: true,
+            frame: open_loop::FRAME_TOKENS,
+        },
+        None => Pace {
+            gap: Duration::from_micros(arguments.gap_us),
+            aligned: arguments.aligned,
+            frame: 1,
+        },
     };
     let node = EchoNode::start(&coordinator.store, pace).await?;
+    if let Some(rate) = arguments.rate {
+        let figures = open_loop::run(&mut coordinator, &node, &arguments, rate).await?;
+        match arguments.json {
+            true => println!("{}", serde_json::to_string(&figures)?),
+            false => println!("{figures}"),
+        }
+        return Ok(());
+    }
     let figures = measure::run(&mut coordinator, &node, &arguments).await?;
     if arguments.json {
         println!("{}", serde_json::to_string(&figures)?);

@@ -1,7 +1,7 @@
 //! Streams through the coordinator and straight from the node, and what the difference is.
 
 use crate::Arguments;
-use crate::echo_node::EchoNode;
+use crate::echo_node::{EchoNode, prompt_of};
 use anyhow::{Context, Result, ensure};
 use baton_node_runtime::announce::Announcement;
 use baton_proto::v1::inference_client::InferenceClient;
@@ -89,7 +89,7 @@ impl Coordinator {
     }
 
     /// User and system time so far.
-    fn cpu(&self) -> Result<Duration> {
+    pub fn cpu(&self) -> Result<Duration> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
         let after = stat.rsplit_once(')').context("a command name in brackets")?.1;
         let ticks: u64 = after
@@ -159,28 +159,28 @@ impl fmt::Display for Figures {
     }
 }
 
-fn percentile(sorted: &[f64], share: f64) -> f64 {
+pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted
         .get(((sorted.len() as f64 - 1.0) * share).round() as usize)
         .copied()
         .unwrap_or(f64::NAN)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     percentile(&values, 0.5)
 }
 
-type Received = Vec<(u32, u32, Instant)>;
+pub type Received = Vec<(u32, u32, Instant)>;
 
-async fn through(client: InferenceClient<Channel>, name: u32, tokens: u32) -> Result<Received> {
+pub async fn through(client: InferenceClient<Channel>, name: u32, tokens: u32) -> Result<Received> {
     let sampling = v1::SamplingParams {
         max_tokens: Some(tokens),
         temperature: Some(0.0),
         ignore_eos: true,
         ..v1::SamplingParams::default()
     };
-    let input = Some(Input::PromptTokens(v1::TokenIds { ids: vec![name; 16] }));
+    let input = Some(Input::PromptTokens(v1::TokenIds { ids: prompt_of(name) }));
     let request = v1::GenerateRequest {
         input,
         sampling: Some(sampling),
@@ -195,13 +195,13 @@ async fn through(client: InferenceClient<Channel>, name: u32, tokens: u32) -> Re
     Ok(received)
 }
 
-async fn straight(client: NodeClient<Channel>, node: (String, String), name: u32, tokens: u32) -> Result<Received> {
+pub async fn straight(client: NodeClient<Channel>, node: (String, String), name: u32, tokens: u32) -> Result<Received> {
     let sampling = v1::SamplingParams {
         max_tokens: Some(tokens),
         ..v1::SamplingParams::default()
     };
     let work = v1::Work {
-        prompt: vec![name; 16],
+        prompt: prompt_of(name),
         sampling: Some(sampling),
         model_fingerprint: node.1,
         ..v1::Work::default()
@@ -265,11 +265,13 @@ async fn gather(tasks: Vec<tokio::task::JoinHandle<Result<Received>>>) -> Result
     Ok(all)
 }
 
-/// Runs the rounds.
-pub async fn run(coordinator: &mut Coordinator, node: &EchoNode, arguments: &Arguments) -> Result<Figures> {
+/// Connections to both, once the coordinator serves the node.
+pub async fn connect(
+    coordinator: &Coordinator,
+    node: &EchoNode,
+) -> Result<(InferenceClient<Channel>, NodeClient<Channel>)> {
     let front = InferenceClient::connect(format!("http://{}", coordinator.grpc)).await?;
     let direct = NodeClient::connect(format!("http://{}", node.address)).await?;
-    let identity = (node.instance.to_string(), node.fingerprint.to_string());
     let mut warm = through(front.clone(), 1, 4).await;
     for _ in 0..20 {
         if warm.is_ok() {
@@ -279,6 +281,13 @@ pub async fn run(coordinator: &mut Coordinator, node: &EchoNode, arguments: &Arg
         warm = through(front.clone(), 1, 4).await;
     }
     warm.context("the coordinator does not serve the echo node")?;
+    Ok((front, direct))
+}
+
+/// Runs the rounds.
+pub async fn run(coordinator: &mut Coordinator, node: &EchoNode, arguments: &Arguments) -> Result<Figures> {
+    let (front, direct) = connect(coordinator, node).await?;
+    let identity = (node.instance.to_string(), node.fingerprint.to_string());
     delays(node, &[]).ok();
     let (mut front_p, mut direct_p, mut cpu, mut tokens, mut seconds) = (Vec::new(), Vec::new(), 0.0, 0, 0.0);
     for _ in 0..arguments.rounds {
