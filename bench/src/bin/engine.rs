@@ -4,7 +4,7 @@
 //! `tg32x8`: as that, eight sequences in each step; tokens of all of them count.
 
 use anyhow::{Context, Result};
-use baton_engine::{Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
+use baton_engine::{Activations, Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
 use baton_types::{ArenaView, BlockId, KvDtype};
 use clap::Parser;
 use serde::Serialize;
@@ -25,6 +25,9 @@ struct Options {
     /// Instruction-set path: avx512, avx2, neon, portable. The fastest, if not given.
     #[arg(long)]
     isa: Option<Isa>,
+    /// Activations in f32 also where weights are quantised.
+    #[arg(long)]
+    exact: bool,
     /// Tokens of one prefill step.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
@@ -72,6 +75,11 @@ fn main() -> Result<()> {
         threads: options.threads,
         kv_dtype: KvDtype::F16,
         isa: options.isa,
+        activations: if options.exact {
+            Activations::F32
+        } else {
+            Activations::Int8
+        },
     };
     let backend = load(&options.model, &load_options, &mut |_, _| {})?;
     let loaded = begun.elapsed();

@@ -13,7 +13,8 @@ mod model;
 mod sampling;
 
 pub use backend::{
-    Backend, InvalidStub, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved, WantedLogits, stub,
+    Activations, Backend, InvalidStub, Isa, Slice, StepObserver, StepOutput, StubSpec, UnknownIsa, Unobserved,
+    WantedLogits, stub,
 };
 pub use error::{LoadError, StepError};
 pub use kv::{BlockPool, BlockTable, IntegrityFault, NoRoom, Quarantined, Reservation};

@@ -4,9 +4,9 @@
 
 mod common;
 
-use baton_engine::{Isa, Slice, StepObserver, Unobserved, WantedLogits};
+use baton_engine::{Isa, LoadOptions, Slice, StepObserver, Unobserved, WantedLogits};
 use baton_types::{BlockId, KvDtype};
-use common::{Rig, assert_bits, golden, options, paths, random_model, real_model};
+use common::{Rig, assert_bits, exact_options, golden, options, paths, random_model, real_model};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -98,36 +98,43 @@ fn small_models_on_every_path() {
     }
 }
 
+fn check_real(options: impl Fn(usize) -> LoadOptions, what: &str, len: usize) {
+    let prompt = tokens(1, len, 49_152);
+    let others: Vec<Vec<u32>> = (2..9)
+        .map(|seed| tokens(seed, 9 * seed as usize * len / 150, 49_152))
+        .collect();
+    let mut rig = Rig::new(&real_model(), &options(2), 1_024);
+    let first = rig.run(&prompt, &[512], WantedLogits::All);
+    for chunks in [&[16][..], &[64], &[len - 10, 1]] {
+        let rows = rig.run(&prompt, chunks, WantedLogits::All);
+        assert_bits(&format!("{what}: {chunks:?}"), &rows, &first);
+    }
+    let mut together = vec![prompt.clone()];
+    together.extend(others);
+    assert_bits(
+        &format!("{what}: in a batch of eight"),
+        &run_together(&mut rig, &together)[0],
+        &first,
+    );
+    let mut single = Rig::new(&real_model(), &options(1), 256);
+    assert_bits(
+        &format!("{what}: one thread"),
+        &single.run(&prompt, &[len], WantedLogits::Last),
+        &first[len - 1..],
+    );
+}
+
 #[test]
 fn the_real_model() {
-    let prompt = tokens(1, 150, 49_152);
-    let others: Vec<Vec<u32>> = (2..9).map(|seed| tokens(seed, 9 * seed as usize, 49_152)).collect();
     for isa in paths() {
-        if isa == Isa::Portable {
-            continue; // Slow; the small models run it.
+        // The portable path is slow.
+        let len = if isa == Isa::Portable { 50 } else { 150 };
+        let int8 = |threads| options(threads, KvDtype::F16, Some(isa));
+        check_real(int8, &format!("{isa}"), len);
+        if isa != Isa::Portable {
+            let exact = |threads| exact_options(threads, KvDtype::F16, Some(isa));
+            check_real(exact, &format!("{isa}, activations in f32"), len);
         }
-        let mut rig = Rig::new(&real_model(), &options(2, KvDtype::F16, Some(isa)), 1_024);
-        let first = rig.run(&prompt, &[512], WantedLogits::All);
-        for chunks in [&[16][..], &[64], &[140, 1]] {
-            assert_bits(
-                &format!("{isa}: {chunks:?}"),
-                &rig.run(&prompt, chunks, WantedLogits::All),
-                &first,
-            );
-        }
-        let mut together = vec![prompt.clone()];
-        together.extend(others.clone());
-        assert_bits(
-            &format!("{isa}: in a batch of eight"),
-            &run_together(&mut rig, &together)[0],
-            &first,
-        );
-        let mut single = Rig::new(&real_model(), &options(1, KvDtype::F16, Some(isa)), 256);
-        assert_bits(
-            &format!("{isa}: one thread"),
-            &single.run(&prompt, &[150], WantedLogits::Last),
-            &first[149..],
-        );
     }
 }
 

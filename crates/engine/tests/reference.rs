@@ -5,9 +5,9 @@
 
 mod common;
 
-use baton_engine::WantedLogits;
+use baton_engine::{LoadOptions, WantedLogits};
 use baton_types::KvDtype;
-use common::{Rig, golden, options, real_model};
+use common::{Rig, exact_options, golden, options, real_model};
 use serde_json::Value;
 
 /// Largest difference of a logit with f16 KV. Logits span some 40; the rounding of keys and values makes 0.011.
@@ -16,6 +16,8 @@ const TOLERANCE_F16: f64 = 0.05;
 const TOLERANCE_F32: f64 = 0.0005;
 /// Relative difference of the perplexity.
 const TOLERANCE_PERPLEXITY: f64 = 0.01;
+/// As that, with activations in 8 bits.
+const TOLERANCE_INT8: f64 = 0.005;
 
 fn ids(value: &Value) -> Vec<u32> {
     value
@@ -41,7 +43,7 @@ fn largest_difference(prompt: &Value, row: &[f32]) -> f64 {
 
 fn compare(kv_dtype: KvDtype, tolerance: f64) {
     let golden = golden("engine_logits.json");
-    let mut rig = Rig::new(&real_model(), &options(0, kv_dtype, None), 2_048);
+    let mut rig = Rig::new(&real_model(), &exact_options(0, kv_dtype, None), 2_048);
     let mut worst = 0.0f64;
     for prompt in golden["prompts"].as_array().unwrap() {
         let label = prompt["label"].as_str().unwrap();
@@ -75,12 +77,12 @@ fn logits_are_those_of_the_reference_with_exact_kv() {
     compare(KvDtype::F32, TOLERANCE_F32);
 }
 
-#[test]
-fn perplexity_is_that_of_the_reference() {
+/// Perplexity of 2,000 tokens of text over the reference's.
+fn perplexity_ratio(options: &LoadOptions) -> f64 {
     let golden = golden("engine_logits.json");
     let tokens = ids(&golden["text"]["tokens"]);
     assert_eq!(tokens.len(), 2_000);
-    let mut rig = Rig::new(&real_model(), &options(0, KvDtype::F16, None), 2_048);
+    let mut rig = Rig::new(&real_model(), options, 2_048);
     let rows = rig.run(&tokens, &[256], WantedLogits::All);
     let losses: Vec<f64> = rows
         .iter()
@@ -95,12 +97,28 @@ fn perplexity_is_that_of_the_reference() {
     let reference = golden["text"]["nll"].as_f64().unwrap();
     let ratio = (loss - reference).exp();
     println!(
-        "perplexity {:.4}, reference {:.4}, ratio {ratio:.6}",
+        "activations {:?}: perplexity {:.4}, reference {:.4}, ratio {ratio:.6}",
+        options.activations,
         loss.exp(),
         reference.exp()
     );
+    ratio
+}
+
+#[test]
+fn perplexity_is_that_of_the_reference() {
+    let ratio = perplexity_ratio(&exact_options(0, KvDtype::F16, None));
     assert!(
         (ratio - 1.0).abs() < TOLERANCE_PERPLEXITY,
+        "perplexity is {ratio} times the reference's"
+    );
+}
+
+#[test]
+fn activations_in_8_bits_cost_little_perplexity() {
+    let ratio = perplexity_ratio(&options(0, KvDtype::F16, None));
+    assert!(
+        (ratio - 1.0).abs() < TOLERANCE_INT8,
         "perplexity is {ratio} times the reference's"
     );
 }

@@ -2,7 +2,7 @@
 
 use crate::error::BringUpError;
 use crate::options::NodeOptions;
-use baton_engine::{Backend, LoadOptions, StubSpec};
+use baton_engine::{Activations, Backend, LoadOptions, StubSpec};
 use baton_kv_transfer::Arena;
 use baton_node_runtime::{Clock, Moment, format_bytes, process};
 use baton_text::{EngineFacts, ModelCard};
@@ -66,6 +66,7 @@ pub fn load(options: &NodeOptions, clock: Clock) -> Result<LoadedModel, BringUpE
             threads: options.threads,
             kv_dtype,
             isa: None,
+            activations: Activations::Int8,
         };
         let mut progress = Progress::new(clock);
         let backend = baton_engine::load(path, &load_options, &mut |done, total| progress.show(done, total))?;

@@ -5,6 +5,6 @@ mod interface;
 mod stub;
 
 pub(crate) use cpu::CpuBackend;
-pub use cpu::{Isa, UnknownIsa};
+pub use cpu::{Activations, Isa, UnknownIsa};
 pub use interface::{Backend, Slice, StepObserver, StepOutput, Unobserved, WantedLogits};
 pub use stub::{InvalidStub, StubSpec, stub};

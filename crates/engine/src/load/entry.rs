@@ -1,7 +1,7 @@
 //! The way in: which format a path holds, and what runs it.
 
 use super::{Checkpoint, gguf, safetensors};
-use crate::backend::{Backend, CpuBackend, Isa};
+use crate::backend::{Activations, Backend, CpuBackend, Isa};
 use crate::error::LoadError;
 use baton_types::KvDtype;
 use std::path::Path;
@@ -15,6 +15,8 @@ pub struct LoadOptions {
     pub kv_dtype: KvDtype,
     /// Forces an instruction-set path; `None` takes the fastest.
     pub isa: Option<Isa>,
+    /// In which form activations meet quantised weights.
+    pub activations: Activations,
 }
 
 /// Loads a `.gguf` file, or a folder with config.json and *.safetensors. `progress(done, total)` counts bytes of weights.

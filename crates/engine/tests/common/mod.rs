@@ -5,7 +5,7 @@
 
 pub mod random_model;
 
-use baton_engine::{Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
+use baton_engine::{Activations, Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
 use baton_types::{ArenaView, BlockId, KvDtype};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,20 @@ pub fn golden(name: &str) -> serde_json::Value {
 }
 
 pub fn options(threads: usize, kv_dtype: KvDtype, isa: Option<Isa>) -> LoadOptions {
-    LoadOptions { threads, kv_dtype, isa }
+    LoadOptions {
+        threads,
+        kv_dtype,
+        isa,
+        activations: Activations::Int8,
+    }
+}
+
+/// As [`options`], with activations as they are: what references in float32 can be compared with.
+pub fn exact_options(threads: usize, kv_dtype: KvDtype, isa: Option<Isa>) -> LoadOptions {
+    LoadOptions {
+        activations: Activations::F32,
+        ..options(threads, kv_dtype, isa)
+    }
 }
 
 /// A backend with an arena whose blocks are handed out in a scattered order.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 /// A set of kernels. Each keeps one reduction order; two of them may differ in the last bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Isa {
-    /// AVX-512F (x86-64).
+    /// AVX-512 F, BW and VNNI (x86-64).
     Avx512,
     /// AVX2 with FMA and F16C (x86-64).
     Avx2,
@@ -44,6 +44,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vnni")
                     && is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")

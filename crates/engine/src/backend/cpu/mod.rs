@@ -6,6 +6,7 @@
 mod activations;
 mod arena;
 mod check;
+mod form;
 mod isa;
 mod kernels;
 mod packed;
@@ -13,5 +14,6 @@ mod pool;
 mod step;
 mod weights;
 
+pub use form::Activations;
 pub use isa::{Isa, UnknownIsa};
 pub(crate) use step::CpuBackend;

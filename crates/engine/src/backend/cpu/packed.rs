@@ -1,13 +1,16 @@
 //! Weight matrices in the layout that the kernels read: panels of sixteen rows. Elements keep the file's type.
 
-use super::kernels::{Format, Kernels, LANES, MatmulUnit};
+use super::kernels::{Format, Int8Unit, Kernels, LANES, MatmulUnit};
 use super::pool::Pool;
+use crate::backend::Activations;
 use crate::model::{ElementType, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 /// A matrix `(rows, inner)`, packed. Rows are padded to whole panels with zeros.
 pub(super) struct PackedMatrix {
     format: Format,
+    /// How activations come to it.
+    activations: Activations,
     rows: usize,
     inner: usize,
     panel_bytes: usize,
@@ -40,8 +43,9 @@ fn format(element: ElementType) -> Format {
 }
 
 impl PackedMatrix {
-    /// Packs a matrix of shape `(rows, inner)`. The loader checked that data and shape agree.
-    pub(super) fn new(tensor: &Tensor<'_>, pool: &mut Pool) -> Self {
+    /// Packs a matrix of shape `(rows, inner)`. The loader checked that data and shape agree. Only quantised weights take
+    /// activations in 8 bits; the others get them as they are.
+    pub(super) fn new(tensor: &Tensor<'_>, activations: Activations, pool: &mut Pool) -> Self {
         let [rows, inner] = [0, 1].map(|i| tensor.shape[i] as usize);
         let format = format(tensor.element);
         let row_bytes = inner / format.block_elements() * format.block_bytes();
@@ -55,8 +59,13 @@ impl PackedMatrix {
                 pack_row(format, &tensor.data[row * row_bytes..(row + 1) * row_bytes], lane, out);
             }
         });
+        let activations = match format {
+            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 => activations,
+            Format::F32 | Format::F16 | Format::Bf16 => Activations::F32,
+        };
         Self {
             format,
+            activations,
             rows,
             inner,
             panel_bytes,
@@ -87,9 +96,9 @@ fn pack_row(format: Format, row: &[u8], lane: usize, panel: &mut [u8]) {
     let fields: &[(usize, usize)] = match format {
         Format::F32 => &[(4, 1)],
         Format::F16 | Format::Bf16 => &[(2, 1)],
-        Format::Q8_0 => &[(2, 1), (1, 32)],
-        Format::Q4_0 => &[(2, 1), (1, 16)],
-        Format::Q4_1 => &[(2, 2), (1, 16)],
+        Format::Q8_0 => &[(2, 1), (4, 8)],
+        Format::Q4_0 => &[(2, 1), (4, 4)],
+        Format::Q4_1 => &[(2, 2), (4, 4)],
     };
     let mut from = 0;
     let mut to = 0;
@@ -105,54 +114,91 @@ fn pack_row(format: Format, row: &[u8], lane: usize, panel: &mut [u8]) {
     }
 }
 
-/// Activations as the kernels read them: tiles of tokens, each `(inner, width)`.
+/// Activations as the kernels read them, in each form that some matrix wants.
 #[derive(Default)]
 pub(super) struct PackedRows {
     pub(super) tokens: usize,
-    pub(super) inner: usize,
-    pub(super) data: Vec<f32>,
+    inner: usize,
+    /// Tiles of tokens, each `(inner, width)`.
+    floats: Vec<f32>,
+    /// Tiles of tokens in 8 bits (see [`Int8Unit`]).
+    words: Vec<u32>,
     /// First element of each tile, and the end.
     bounds: Vec<usize>,
 }
 
 impl PackedRows {
-    /// Packs `tokens` rows. `fill(tile, first_token, count, rows)` writes rows `(count, inner)` of one tile.
+    /// Packs rows `(tokens, inner)` for `matrices`. `fill(token, row)` writes one row.
     pub(super) fn pack(
         &mut self,
         kernels: Kernels,
         pool: &mut Pool,
         scratch: &Scratch,
-        (tokens, inner): (usize, usize),
+        (tokens, matrices): (usize, &[&PackedMatrix]),
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) {
-        let tile = kernels.tile();
         self.tokens = tokens;
-        self.inner = inner;
-        self.data.resize(kernels.packed_len(tokens, inner), 0.0);
-        self.bounds.clear();
-        self.bounds.extend((0..tokens).step_by(tile).map(|first| first * inner));
-        self.bounds.push(self.data.len());
-        pool.parts(&mut self.data, &self.bounds, |index, out, worker| {
-            let first = index * tile;
-            let count = tile.min(tokens - first);
-            let width = kernels.width(count);
-            scratch.with(worker, |rows| {
-                if rows.len() < inner {
-                    rows.resize(inner, 0.0);
-                }
-                let row = &mut rows[..inner];
-                for m in 0..count {
-                    fill(first + m, row);
-                    for (out, x) in out[m..].iter_mut().step_by(width).zip(row.iter()) {
-                        *out = *x;
+        self.inner = matrices[0].inner;
+        let inner = self.inner;
+        debug_assert!(matrices.iter().all(|matrix| matrix.inner == inner));
+        let wanted = |form| matrices.iter().any(|matrix| matrix.activations == form);
+        if wanted(Activations::Int8) {
+            let tile = kernels.int8_tile();
+            self.words.resize(kernels.packed_words(tokens, inner), 0);
+            self.cut(tile, |tokens| kernels.packed_words(tokens, inner));
+            pool.parts(&mut self.words, &self.bounds, |index, out, worker| {
+                let first = index * tile;
+                let count = tile.min(tokens - first);
+                let width = kernels.width(count);
+                with_row(scratch, worker, inner, |row| {
+                    for m in 0..count {
+                        fill(first + m, row);
+                        kernels.quantise(row, m, width, out);
                     }
+                    if count < width {
+                        row.fill(0.0);
+                        (count..width).for_each(|m| kernels.quantise(row, m, width, out));
+                    }
+                });
+            });
+        }
+        if wanted(Activations::F32) {
+            let tile = kernels.tile();
+            self.floats.resize(kernels.packed_len(tokens, inner), 0.0);
+            self.cut(tile, |tokens| kernels.packed_len(tokens, inner));
+            pool.parts(&mut self.floats, &self.bounds, |index, out, worker| {
+                let first = index * tile;
+                let count = tile.min(tokens - first);
+                let width = kernels.width(count);
+                with_row(scratch, worker, inner, |row| {
+                    for m in 0..count {
+                        fill(first + m, row);
+                        for (out, x) in out[m..].iter_mut().step_by(width).zip(row.iter()) {
+                            *out = *x;
+                        }
+                    }
+                });
+                for out in out.chunks_exact_mut(width) {
+                    out[count..].fill(0.0);
                 }
             });
-            for out in out.chunks_exact_mut(width) {
-                out[count..].fill(0.0);
-            }
-        });
+        }
     }
+
+    fn cut(&mut self, tile: usize, len: impl Fn(usize) -> usize) {
+        self.bounds.clear();
+        self.bounds.extend((0..self.tokens).step_by(tile).map(&len));
+        self.bounds.push(len(self.tokens));
+    }
+}
+
+fn with_row(scratch: &Scratch, worker: usize, inner: usize, f: impl FnOnce(&mut [f32])) {
+    scratch.with(worker, |room| {
+        if room.len() < inner {
+            room.resize(inner, 0.0);
+        }
+        f(&mut room[..inner]);
+    });
 }
 
 /// Outputs of matrices, panel by panel: `(panels, tokens, LANES)`.
@@ -198,17 +244,29 @@ impl PanelRows {
         pool.parts(&mut self.data, &self.bounds, |unit, out, worker| {
             let (matrix, panels) = &units[unit];
             let bytes = panels.start * matrix.panel_bytes..panels.end * matrix.panel_bytes;
-            scratch.with(worker, |scratch| {
-                kernels.matmul(&mut MatmulUnit {
-                    format: matrix.format,
-                    inner: matrix.inner,
-                    panels: &matrix.panels[bytes],
-                    tokens: x.tokens,
-                    x: &x.data,
+            let panels = &matrix.panels[bytes];
+            let (format, inner, tokens) = (matrix.format, matrix.inner, x.tokens);
+            match matrix.activations {
+                Activations::Int8 => kernels.int8(&mut Int8Unit {
+                    format,
+                    inner,
+                    panels,
+                    tokens,
+                    x: &x.words,
                     out,
-                    scratch,
-                });
-            });
+                }),
+                Activations::F32 => scratch.with(worker, |scratch| {
+                    kernels.matmul(&mut MatmulUnit {
+                        format,
+                        inner,
+                        panels,
+                        tokens,
+                        x: &x.floats,
+                        out,
+                        scratch,
+                    });
+                }),
+            }
         });
     }
 
@@ -297,52 +355,105 @@ mod tests {
         (bytes, values)
     }
 
+    /// What rounding to 8 bits in blocks of 32 makes of a row.
+    fn rounded(row: &[f32]) -> Vec<f64> {
+        let blocks = row.chunks(32).map(|block| {
+            let largest = block.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            let scale = f64::from(largest / 127.0);
+            block
+                .iter()
+                .map(move |x| f64::from((x * factor).round_ties_even()) * scale)
+        });
+        blocks.flatten().collect()
+    }
+
+    fn check(element: ElementType, activations: Activations) {
+        let (rows, inner) = (43, 96);
+        let (bytes, values) = example(element, rows, inner);
+        let shape = vec![rows as u64, inner as u64];
+        let tensor = Tensor {
+            element,
+            shape,
+            data: &bytes,
+        };
+        let mut pool = Pool::new(2).unwrap();
+        let matrix = PackedMatrix::new(&tensor, activations, &mut pool);
+        let mut row = vec![0.0; inner];
+        for r in 0..rows {
+            matrix.row(r, &mut row);
+            assert_eq!(row, values[r * inner..(r + 1) * inner], "{element:?} row {r}");
+        }
+        // One block is all zeros.
+        let input = |t: usize, k: usize| {
+            let x = ((t * 31 + k * 17) % 101) as f32 / 50.0 - 1.0;
+            if k / 32 == t % 7 { 0.0 } else { x }
+        };
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
+            let mut alone: Vec<Vec<f32>> = Vec::new();
+            for tokens in [1, 2, 3, 5, 7, 8, 11, 12, 13, 31] {
+                let scratch = Scratch::new(2);
+                let mut x = PackedRows::default();
+                x.pack(kernels, &mut pool, &scratch, (tokens, &[&matrix]), |t, row| {
+                    row.iter_mut().enumerate().for_each(|(k, x)| *x = input(t, k));
+                });
+                let mut y = PanelRows::default();
+                y.product(kernels, &mut pool, &scratch, &[&matrix, &matrix], &x);
+                for t in 0..tokens {
+                    let mut out = vec![0.0; rows];
+                    y.gather(t, matrix.padded_rows(), &mut out);
+                    let given: Vec<f32> = (0..inner).map(|k| input(t, k)).collect();
+                    let given = match matrix.activations {
+                        Activations::Int8 => rounded(&given),
+                        Activations::F32 => given.into_iter().map(f64::from).collect(),
+                    };
+                    for r in 0..rows {
+                        let weights = &values[r * inner..(r + 1) * inner];
+                        let exact: f64 = weights.iter().zip(&given).map(|(w, x)| f64::from(*w) * x).sum();
+                        assert!((f64::from(out[r]) - exact).abs() < 2e-4, "{element:?} {kernels:?}");
+                    }
+                    match alone.get(t) {
+                        Some(first) => assert_eq!(&out, first, "bits changed with {tokens} tokens"),
+                        None => alone.push(out),
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_format_on_every_path_equals_a_plain_product() {
         use ElementType::*;
-        let (rows, inner) = (43, 96);
         for element in [F32, F16, Bf16, Q8_0, Q4_0, Q4_1] {
-            let (bytes, values) = example(element, rows, inner);
-            let shape = vec![rows as u64, inner as u64];
-            let mut pool = Pool::new(2).unwrap();
-            let matrix = PackedMatrix::new(
-                &Tensor {
-                    element,
-                    shape,
-                    data: &bytes,
-                },
-                &mut pool,
-            );
-            let mut row = vec![0.0; inner];
-            for r in 0..rows {
-                matrix.row(r, &mut row);
-                assert_eq!(row, values[r * inner..(r + 1) * inner], "{element:?} row {r}");
-            }
-            for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
-                let mut alone: Vec<Vec<f32>> = Vec::new();
-                for tokens in [1, 2, 3, 5, 7, 8, 11, 12, 13, 31] {
-                    let input = |t: usize, k: usize| ((t * 31 + k * 17) % 101) as f32 / 50.0 - 1.0;
-                    let scratch = Scratch::new(2);
-                    let mut x = PackedRows::default();
-                    x.pack(kernels, &mut pool, &scratch, (tokens, inner), |t, row| {
-                        row.iter_mut().enumerate().for_each(|(k, x)| *x = input(t, k));
-                    });
-                    let mut y = PanelRows::default();
-                    y.product(kernels, &mut pool, &scratch, &[&matrix, &matrix], &x);
-                    for t in 0..tokens {
-                        let mut out = vec![0.0; rows];
-                        y.gather(t, matrix.padded_rows(), &mut out);
-                        for r in 0..rows {
-                            let exact: f64 = (0..inner)
-                                .map(|k| f64::from(values[r * inner + k]) * f64::from(input(t, k)))
-                                .sum();
-                            assert!((f64::from(out[r]) - exact).abs() < 2e-4, "{element:?} {:?}", kernels);
-                        }
-                        match alone.get(t) {
-                            Some(first) => assert_eq!(&out, first, "bits changed with {tokens} tokens"),
-                            None => alone.push(out),
-                        }
-                    }
+            check(element, Activations::F32);
+            check(element, Activations::Int8);
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none_in_8_bits() {
+        let (bytes, _) = example(ElementType::Q4_1, 16, 64);
+        let tensor = Tensor {
+            element: ElementType::Q4_1,
+            shape: vec![16, 64],
+            data: &bytes,
+        };
+        let mut pool = Pool::new(1).unwrap();
+        let matrix = PackedMatrix::new(&tensor, Activations::Int8, &mut pool);
+        for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let scratch = Scratch::new(1);
+                let mut x = PackedRows::default();
+                x.pack(kernels, &mut pool, &scratch, (3, &[&matrix]), |t, row| {
+                    row.fill(1.0);
+                    row[21 * t] = if t == 1 { bad } else { 1.0 };
+                });
+                let mut y = PanelRows::default();
+                y.product(kernels, &mut pool, &scratch, &[&matrix], &x);
+                let mut out = [0.0; 16];
+                for t in 0..3 {
+                    y.gather(t, 0, &mut out);
+                    assert!(out.iter().all(|x| x.is_nan() == (t == 1)), "{kernels:?} {bad}");
                 }
             }
         }

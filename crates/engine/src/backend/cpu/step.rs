@@ -7,7 +7,7 @@ use super::arena::{KvHead, KvPart, write_token};
 use super::check::check;
 use super::isa::Isa;
 use super::kernels::{AttentionUnit, Kernels, LANES};
-use super::packed::{PackedRows, PanelRows, Scratch};
+use super::packed::{PackedMatrix, PackedRows, PanelRows, Scratch};
 use super::pool::Pool;
 use super::weights::{LayerWeights, Weights};
 use crate::backend::{Backend, Slice, StepObserver, StepOutput, WantedLogits};
@@ -18,7 +18,7 @@ use baton_types::{ArenaView, BlockId, KvDtype, ModelFingerprint, NumericsId};
 use std::ops::ControlFlow;
 
 /// Raised with every change that can change a bit of the output.
-const KERNEL_REVISION: u32 = 1;
+const KERNEL_REVISION: u32 = 2;
 /// Tokens whose attention is one unit: their keys and values are read once.
 const QUERY_TILE: usize = 32;
 /// Tokens of one unit of per-token work.
@@ -152,9 +152,11 @@ impl CpuBackend {
         };
         let mut pool = Pool::new(threads).map_err(|source| LoadError::Threads { threads, source })?;
         let config = checkpoint.config.clone();
-        let weights = Weights::new(checkpoint, &mut pool, progress)?;
+        let weights = Weights::new(checkpoint, options.activations, &mut pool, progress)?;
         let (version, kv_dtype) = (env!("CARGO_PKG_VERSION"), options.kv_dtype);
-        let numerics = format!("baton-cpu {version}.{KERNEL_REVISION} {isa} activations-f32 kv-{kv_dtype:?}");
+        let activations = options.activations;
+        let numerics =
+            format!("baton-cpu {version}.{KERNEL_REVISION} {isa} activations-{activations:?} kv-{kv_dtype:?}");
         let engine = Engine {
             kernels,
             scratch: Scratch::new(pool.threads()),
@@ -236,8 +238,13 @@ impl Engine {
         }
     }
 
-    /// Normed hidden states become the next product's input.
-    fn pack_normed(&mut self, weight: fn(&LayerWeights) -> &[f32], config: &ModelConfig, layer: usize) {
+    /// Normed hidden states become the next products' input.
+    fn pack_normed<const N: usize>(
+        &mut self,
+        parts: fn(&LayerWeights) -> (&[f32], [&PackedMatrix; N]),
+        config: &ModelConfig,
+        layer: usize,
+    ) {
         let Self {
             kernels,
             pool,
@@ -247,17 +254,19 @@ impl Engine {
             ..
         } = self;
         let hidden = config.hidden as usize;
-        let weight = weight(&weights.layers[layer]);
+        let (weight, matrices) = parts(&weights.layers[layer]);
         let stream = &buffers.hidden;
         let tokens = stream.len() / hidden;
-        buffers.x.pack(*kernels, pool, scratch, (tokens, hidden), |token, row| {
-            rms_norm(
-                &stream[token * hidden..(token + 1) * hidden],
-                weight,
-                config.rms_eps,
-                row,
-            );
-        });
+        buffers
+            .x
+            .pack(*kernels, pool, scratch, (tokens, &matrices), |token, row| {
+                rms_norm(
+                    &stream[token * hidden..(token + 1) * hidden],
+                    weight,
+                    config.rms_eps,
+                    row,
+                );
+            });
     }
 
     /// The last product's output is added to the residual stream.
@@ -279,7 +288,7 @@ impl Engine {
 
     /// Queries, keys and values of a layer; the latter two go into the arena.
     fn store_kv(&mut self, config: &ModelConfig, plan: &Plan, arena: &ArenaView, layer: usize) {
-        self.pack_normed(|layer| &layer.attention_norm, config, layer);
+        self.pack_normed(|w| (&w.attention_norm, [&w.query, &w.key, &w.value]), config, layer);
         let Self {
             kernels,
             pool,
@@ -371,28 +380,23 @@ impl Engine {
             });
         });
         let attended = &buffers.attended;
+        let matrices = [&weights.layers[layer].attention_out];
         buffers
             .x
-            .pack(*kernels, pool, scratch, (plan.places.len(), q_width), |token, row| {
+            .pack(*kernels, pool, scratch, (plan.places.len(), &matrices), |token, row| {
                 let tile = &plan.tiles[plan.places[token].tile];
                 for (head, row) in row.chunks_exact_mut(group * head_dim).enumerate() {
                     let from = unit_start(tile, head) + (token - tile.first) * group * head_dim;
                     row.copy_from_slice(&attended[from..from + group * head_dim]);
                 }
             });
-        buffers.y.product(
-            *kernels,
-            pool,
-            scratch,
-            &[&weights.layers[layer].attention_out],
-            &buffers.x,
-        );
+        buffers.y.product(*kernels, pool, scratch, &matrices, &buffers.x);
         self.add_to_stream(config);
     }
 
     /// `down(silu(gate(x)) * up(x))`.
     fn feed_forward(&mut self, config: &ModelConfig, layer: usize) {
-        self.pack_normed(|layer| &layer.ffn_norm, config, layer);
+        self.pack_normed(|w| (&w.ffn_norm, [&w.gate, &w.up]), config, layer);
         let Self {
             kernels,
             pool,
@@ -420,7 +424,7 @@ impl Engine {
         let y = &buffers.y;
         buffers
             .x
-            .pack(*kernels, pool, scratch, (tokens, config.ffn as usize), |token, row| {
+            .pack(*kernels, pool, scratch, (tokens, &[&weights.down]), |token, row| {
                 y.gather(token, 0, row)
             });
         buffers.y.product(*kernels, pool, scratch, &[&weights.down], &buffers.x);
@@ -438,18 +442,17 @@ impl Engine {
             ..
         } = self;
         let [hidden, vocab] = [config.hidden, config.vocab].map(|width| width as usize);
+        let output = weights.output();
         let mut logits = vec![0.0; wanted.len() * vocab];
         let stream = &buffers.hidden;
         for (wanted, logits) in wanted.chunks(LOGIT_ROWS).zip(logits.chunks_mut(LOGIT_ROWS * vocab)) {
             buffers
                 .x
-                .pack(*kernels, pool, scratch, (wanted.len(), hidden), |row, out| {
+                .pack(*kernels, pool, scratch, (wanted.len(), &[output]), |row, out| {
                     let from = wanted[row] * hidden;
                     rms_norm(&stream[from..from + hidden], &weights.final_norm, config.rms_eps, out);
                 });
-            buffers
-                .y
-                .product(*kernels, pool, scratch, &[weights.output()], &buffers.x);
+            buffers.y.product(*kernels, pool, scratch, &[output], &buffers.x);
             let y = &buffers.y;
             let bounds: Vec<usize> = (0..=wanted.len()).map(|row| row * vocab).collect();
             pool.parts(logits, &bounds, |row, out, _| y.gather(row, 0, out));

@@ -2,6 +2,7 @@
 
 use super::packed::PackedMatrix;
 use super::pool::Pool;
+use crate::backend::Activations;
 use crate::error::LoadError;
 use crate::load::Checkpoint;
 use crate::model::{ElementType, Tensor, TensorName};
@@ -47,6 +48,7 @@ pub(super) struct LayerWeights {
 /// Takes weights from a checkpoint one by one, counting their bytes.
 struct Taker<'a, 'b> {
     checkpoint: &'a Checkpoint,
+    activations: Activations,
     pool: &'b mut Pool,
     progress: &'b mut dyn FnMut(u64),
     done: u64,
@@ -55,7 +57,7 @@ struct Taker<'a, 'b> {
 impl Taker<'_, '_> {
     fn matrix(&mut self, name: TensorName) -> Result<PackedMatrix, LoadError> {
         let tensor = self.checkpoint.tensor(name)?;
-        let packed = PackedMatrix::new(&tensor, self.pool);
+        let packed = PackedMatrix::new(&tensor, self.activations, self.pool);
         self.count(&tensor);
         Ok(packed)
     }
@@ -125,11 +127,13 @@ impl Weights {
     /// A weight that is missing, or has a wrong shape or type.
     pub(super) fn new(
         checkpoint: &Checkpoint,
+        activations: Activations,
         pool: &mut Pool,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, LoadError> {
         let mut taker = Taker {
             checkpoint,
+            activations,
             pool,
             progress,
             done: 0,

@@ -8,7 +8,7 @@
 
 use super::LANES;
 use super::matmul::{tile, width};
-use super::simd::Simd;
+use super::simd::{Simd, fold};
 use crate::backend::cpu::arena::{KvHead, KvPart};
 use baton_types::KvDtype;
 use half::{bf16, f16};
@@ -306,21 +306,6 @@ unsafe fn soften<S: Simd>(scores: &mut [f32], visible: usize, maximum: &mut f32,
     *total = *total * factor + fold(scores, |a, b| a + b);
     *maximum = new;
     factor
-}
-
-/// Sixteen lanes to one, by halves.
-#[inline(always)]
-fn fold(lanes: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = [0.0; LANES / 2];
-    for (i, out) in half.iter_mut().enumerate() {
-        *out = f(lanes[i], lanes[i + LANES / 2]);
-    }
-    for width in [4, 2, 1] {
-        for i in 0..width {
-            half[i] = f(half[i], half[i + width]);
-        }
-    }
-    half[0]
 }
 
 /// `sums * factor + weights * values`, position by position.

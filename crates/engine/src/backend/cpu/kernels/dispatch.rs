@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::attention::{self, AttentionUnit};
+use super::int8::{self, Dot, Int8Unit};
 use super::matmul::{self, MatmulUnit};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
@@ -47,6 +48,18 @@ macro_rules! path {
             }
 
             $(#[target_feature(enable = $features)])?
+            pub(super) unsafe fn int8(unit: &mut Int8Unit<'_>) {
+                // SAFETY: as above.
+                unsafe { int8::run::<$simd>(unit) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            pub(super) unsafe fn quantise(row: &[f32], m: usize, width: usize, tile: &mut [u32]) {
+                // SAFETY: as above.
+                unsafe { int8::quantise::<$simd>(row, m, width, tile) }
+            }
+
+            $(#[target_feature(enable = $features)])?
             pub(super) unsafe fn attend(unit: &mut AttentionUnit<'_>) {
                 // SAFETY: as above.
                 unsafe { attention::run::<$simd>(unit) }
@@ -62,7 +75,7 @@ macro_rules! path {
 }
 
 #[cfg(target_arch = "x86_64")]
-path!(avx512, Avx512, "avx512f,avx2,fma,f16c");
+path!(avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 path!(avx2, Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]
@@ -111,6 +124,23 @@ impl Kernels {
         }
     }
 
+    /// Tokens of a full tile of activations in 8 bits.
+    pub(in crate::backend::cpu) fn int8_tile(self) -> usize {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::INT_TILE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::INT_TILE,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::INT_TILE,
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512 | Isa::Avx2 => Portable::INT_TILE,
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => Portable::INT_TILE,
+            Isa::Portable => Portable::INT_TILE,
+        }
+    }
+
     /// Tokens that a tile of `tokens` tokens is padded to.
     pub(in crate::backend::cpu) fn width(self, tokens: usize) -> usize {
         matmul::width(tokens)
@@ -119,6 +149,21 @@ impl Kernels {
     /// Length of packed activations.
     pub(in crate::backend::cpu) fn packed_len(self, tokens: usize, inner: usize) -> usize {
         matmul::packed_len(self.tile(), tokens, inner)
+    }
+
+    /// Words of packed activations in 8 bits.
+    pub(in crate::backend::cpu) fn packed_words(self, tokens: usize, inner: usize) -> usize {
+        int8::packed_words(self.int8_tile(), tokens, inner)
+    }
+
+    /// Writes one row in 8 bits as token `m` of a tile of `width`.
+    pub(in crate::backend::cpu) fn quantise(self, row: &[f32], m: usize, width: usize, tile: &mut [u32]) {
+        dispatch!(self, quantise(row, m, width, tile));
+    }
+
+    /// Some panels of quantised weights by all tokens, whose activations are in 8 bits.
+    pub(in crate::backend::cpu) fn int8(self, unit: &mut Int8Unit<'_>) {
+        dispatch!(self, int8(unit));
     }
 
     /// Some panels by all tokens.

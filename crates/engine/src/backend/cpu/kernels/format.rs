@@ -6,9 +6,11 @@
 //! | format | one block of a panel |
 //! |---|---|
 //! | f32, f16, bf16 | 16 elements: one inner index of 16 rows |
-//! | Q8_0 | 16 f16 scales, then 32 times 16 i8 |
-//! | Q4_0 | 16 f16 scales, then 16 times 16 bytes: low nibbles are inner 0..16, high ones 16..32 |
+//! | Q8_0 | 16 f16 scales, then 8 times 16 rows of 4 i8 |
+//! | Q4_0 | 16 f16 scales, then 4 times 16 rows of 4 bytes: low nibbles are inner 0..16, high ones 16..32 |
 //! | Q4_1 | 16 f16 scales, 16 f16 minima, then as Q4_0 |
+//!
+//! Four bytes of a row lie together because integer products are summed by fours (see `int8`).
 
 #![allow(unsafe_code)]
 
@@ -72,6 +74,18 @@ pub(super) trait Decode {
     }
 }
 
+/// First byte of the group of four that holds byte `i` of each row.
+#[inline(always)]
+const fn group(i: usize) -> usize {
+    i / 4 * 4 * LANES
+}
+
+/// First bit of byte `i` within its row's four.
+#[inline(always)]
+const fn bit(i: usize) -> u32 {
+    (i % 4 * 8) as u32
+}
+
 pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Bf16;
@@ -116,8 +130,8 @@ impl Decode for Q80 {
     }
     #[inline(always)]
     unsafe fn low<S: Simd>(block: *const u8, shared: (S::V, S::V), i: usize) -> S::V {
-        // SAFETY: the caller's promise; 32 groups of 16 bytes follow the scales.
-        unsafe { S::mul(S::load_i8(block.add((2 + i) * LANES)), shared.0) }
+        // SAFETY: the caller's promise; 8 groups of 64 bytes follow the scales.
+        unsafe { S::mul(S::load_bytes(block.add(2 * LANES + group(i)), bit(i)), shared.0) }
     }
 }
 
@@ -136,13 +150,25 @@ impl Decode for Q40 {
     }
     #[inline(always)]
     unsafe fn low<S: Simd>(block: *const u8, shared: (S::V, S::V), i: usize) -> S::V {
-        // SAFETY: the caller's promise; 16 groups of 16 bytes follow the scales.
-        unsafe { S::fma(S::load_low_nibbles(block.add((2 + i) * LANES)), shared.0, shared.1) }
+        // SAFETY: the caller's promise; 4 groups of 64 bytes follow the scales.
+        unsafe {
+            S::fma(
+                S::load_nibbles(block.add(2 * LANES + group(i)), bit(i)),
+                shared.0,
+                shared.1,
+            )
+        }
     }
     #[inline(always)]
     unsafe fn high<S: Simd>(block: *const u8, shared: (S::V, S::V), i: usize) -> S::V {
         // SAFETY: as `low`.
-        unsafe { S::fma(S::load_high_nibbles(block.add((2 + i) * LANES)), shared.0, shared.1) }
+        unsafe {
+            S::fma(
+                S::load_nibbles(block.add(2 * LANES + group(i)), bit(i) + 4),
+                shared.0,
+                shared.1,
+            )
+        }
     }
 }
 
@@ -158,13 +184,25 @@ impl Decode for Q41 {
     }
     #[inline(always)]
     unsafe fn low<S: Simd>(block: *const u8, shared: (S::V, S::V), i: usize) -> S::V {
-        // SAFETY: the caller's promise; 16 groups of 16 bytes follow scales and minima.
-        unsafe { S::fma(S::load_low_nibbles(block.add((4 + i) * LANES)), shared.0, shared.1) }
+        // SAFETY: the caller's promise; 4 groups of 64 bytes follow scales and minima.
+        unsafe {
+            S::fma(
+                S::load_nibbles(block.add(4 * LANES + group(i)), bit(i)),
+                shared.0,
+                shared.1,
+            )
+        }
     }
     #[inline(always)]
     unsafe fn high<S: Simd>(block: *const u8, shared: (S::V, S::V), i: usize) -> S::V {
         // SAFETY: as `low`.
-        unsafe { S::fma(S::load_high_nibbles(block.add((4 + i) * LANES)), shared.0, shared.1) }
+        unsafe {
+            S::fma(
+                S::load_nibbles(block.add(4 * LANES + group(i)), bit(i) + 4),
+                shared.0,
+                shared.1,
+            )
+        }
     }
 }
 
@@ -178,8 +216,9 @@ pub(super) fn decode_lane(format: Format, panel: &[u8], lane: usize, out: &mut [
     let elements = format.block_elements();
     for (block, out) in out.chunks_exact_mut(elements).enumerate() {
         let at = block * format.block_bytes() * LANES;
+        let byte_at = |from: usize, i: usize| panel[from + group(i) + 4 * lane + i % 4];
         let nibble = |from: usize, i: usize| {
-            let byte = panel[from + i % 16 * LANES + lane];
+            let byte = byte_at(from, i % 16);
             f32::from(if i < 16 { byte & 15 } else { byte >> 4 })
         };
         for (i, out) in out.iter_mut().enumerate() {
@@ -190,7 +229,7 @@ pub(super) fn decode_lane(format: Format, panel: &[u8], lane: usize, out: &mut [
                 }
                 Format::F16 => half_at(at),
                 Format::Bf16 => bf16::from_le_bytes(two(at + 2 * lane)).to_f32(),
-                Format::Q8_0 => f32::from(panel[at + (2 + i) * LANES + lane].cast_signed()) * half_at(at),
+                Format::Q8_0 => f32::from(byte_at(at + 2 * LANES, i).cast_signed()) * half_at(at),
                 Format::Q4_0 => (nibble(at + 2 * LANES, i) - 8.0) * half_at(at),
                 Format::Q4_1 => nibble(at + 4 * LANES, i) * half_at(at) + half_at(at + 2 * LANES),
             };

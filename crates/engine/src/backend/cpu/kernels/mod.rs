@@ -8,6 +8,7 @@
 mod attention;
 mod dispatch;
 mod format;
+mod int8;
 mod matmul;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -15,10 +16,13 @@ mod portable;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_int8;
 
 pub(super) use attention::AttentionUnit;
 pub(super) use dispatch::Kernels;
 pub(super) use format::Format;
+pub(super) use int8::Int8Unit;
 pub(super) use matmul::MatmulUnit;
 
 /// Rows of a weight panel, and positions of a context tile.

@@ -5,6 +5,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 use super::LANES;
+use super::int8::Dot;
 use super::portable::Portable;
 use super::simd::Simd;
 use std::arch::aarch64::*;
@@ -24,20 +25,6 @@ fn each(f: impl Fn(usize) -> float32x4_t) -> Quad {
 #[inline(always)]
 unsafe fn from_array(lanes: [f32; LANES]) -> Quad {
     each(|i| unsafe { vld1q_f32(lanes.as_ptr().add(4 * i)) })
-}
-
-#[inline(always)]
-unsafe fn widen(bytes: uint8x16_t) -> Quad {
-    unsafe {
-        let low = vmovl_u8(vget_low_u8(bytes));
-        let high = vmovl_u8(vget_high_u8(bytes));
-        [
-            vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))),
-            vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
-            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))),
-            vcvtq_f32_u32(vmovl_u16(vget_high_u16(high))),
-        ]
-    }
 }
 
 impl Simd for Neon {
@@ -102,15 +89,66 @@ impl Simd for Neon {
         unsafe { from_array(Portable::load_bf16(from)) }
     }
     #[inline(always)]
-    unsafe fn load_i8(from: *const u8) -> Self::V {
-        unsafe { from_array(Portable::load_i8(from)) }
+    unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
+        unsafe { from_array(Portable::load_bytes(from, shift)) }
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(from: *const u8) -> Self::V {
-        unsafe { widen(vandq_u8(vld1q_u8(from), vdupq_n_u8(15))) }
+    unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V {
+        unsafe { from_array(Portable::load_nibbles(from, shift)) }
+    }
+}
+
+/// Four rows of four bytes in each register.
+impl Dot for Neon {
+    type W = [int8x16_t; 4];
+    const INT_TILE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> [Self::W; 8] {
+        let load = |i: usize| unsafe { vld1q_u8(from.add(16 * i)) };
+        let low = |i| unsafe { vreinterpretq_s8_u8(vandq_u8(load(i), vdupq_n_u8(15))) };
+        let high = |i| unsafe { vreinterpretq_s8_u8(vshrq_n_u8::<4>(load(i))) };
+        let mut out = [[unsafe { vdupq_n_s8(0) }; 4]; 8];
+        for i in 0..16 {
+            out[i / 4][i % 4] = low(i);
+            out[4 + i / 4][i % 4] = high(i);
+        }
+        out
     }
     #[inline(always)]
-    unsafe fn load_high_nibbles(from: *const u8) -> Self::V {
-        unsafe { widen(vshrq_n_u8::<4>(vld1q_u8(from))) }
+    unsafe fn bytes(from: *const u8) -> [Self::W; 8] {
+        let mut out = [[unsafe { vdupq_n_s8(0) }; 4]; 8];
+        for i in 0..32 {
+            out[i / 4][i % 4] = unsafe { vld1q_s8(from.add(16 * i).cast()) };
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn dot_nibbles(w: &[Self::W; 8], x: *const u32) -> Quad {
+        unsafe { Self::dot_bytes(w, x, 0) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(w: &[Self::W; 8], x: *const u32, _start: i32) -> Quad {
+        unsafe {
+            let mut sums = [vdupq_n_s32(0); 4];
+            for (i, w) in w.iter().enumerate() {
+                let x = vreinterpretq_s8_u32(vdupq_n_u32(*x.add(i)));
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    // Two products of at most 128 * 127 fit 16 bits.
+                    let low = vmull_s8(vget_low_s8(*w), vget_low_s8(x));
+                    let high = vmull_high_s8(*w, x);
+                    *sum = vpadalq_s16(*sum, vpaddq_s16(low, high));
+                }
+            }
+            each(|i| vcvtq_f32_s32(sums[i]))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(to: *mut i8, v: Quad) {
+        let mut lanes = [0.0f32; LANES];
+        unsafe {
+            Self::store(lanes.as_mut_ptr(), v);
+            to.cast::<[i8; LANES]>().write(lanes.map(|x| x.round_ties_even() as i8));
+        }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::LANES;
+use super::int8::Dot;
 use super::simd::Simd;
 use half::{bf16, f16};
 
@@ -88,21 +89,66 @@ impl Simd for Portable {
         lanes(|i| bf16::from_le_bytes([raw[2 * i], raw[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    unsafe fn load_i8(from: *const u8) -> Self::V {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let raw: [u8; LANES] = unsafe { bytes(from) };
-        lanes(|i| f32::from(raw[i].cast_signed()))
+    unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
+        // SAFETY: the caller gives 64 readable bytes.
+        let raw: [u8; 4 * LANES] = unsafe { bytes(from) };
+        lanes(|i| f32::from(raw[4 * i + shift as usize / 8].cast_signed()))
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(from: *const u8) -> Self::V {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let raw: [u8; LANES] = unsafe { bytes(from) };
-        lanes(|i| f32::from(raw[i] & 15))
+    unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V {
+        // SAFETY: the caller gives 64 readable bytes.
+        let raw: [u8; 4 * LANES] = unsafe { bytes(from) };
+        lanes(|i| f32::from(raw[4 * i + shift as usize / 8] >> (shift % 8) & 15))
+    }
+}
+
+impl Dot for Portable {
+    type W = [u8; 4 * LANES];
+    const INT_TILE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> [Self::W; 8] {
+        let mut out = [[0; 4 * LANES]; 8];
+        for i in 0..4 {
+            // SAFETY: the caller gives 256 readable bytes.
+            let raw: Self::W = unsafe { bytes(from.add(i * 4 * LANES)) };
+            out[i] = raw.map(|byte| byte & 15);
+            out[i + 4] = raw.map(|byte| byte >> 4);
+        }
+        out
     }
     #[inline(always)]
-    unsafe fn load_high_nibbles(from: *const u8) -> Self::V {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let raw: [u8; LANES] = unsafe { bytes(from) };
-        lanes(|i| f32::from(raw[i] >> 4))
+    unsafe fn bytes(from: *const u8) -> [Self::W; 8] {
+        let mut out = [[0; 4 * LANES]; 8];
+        for (i, out) in out.iter_mut().enumerate() {
+            // SAFETY: the caller gives 512 readable bytes.
+            *out = unsafe { bytes(from.add(i * 4 * LANES)) };
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn dot_nibbles(w: &[Self::W; 8], x: *const u32) -> Self::V {
+        // SAFETY: the caller's promise; a nibble is the same as a signed byte.
+        unsafe { Self::dot_bytes(w, x, 0) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes(w: &[Self::W; 8], x: *const u32, _start: i32) -> Self::V {
+        let mut sums = [0i32; LANES];
+        for (i, w) in w.iter().enumerate() {
+            // SAFETY: the caller gives eight readable words.
+            let x = unsafe { *x.add(i) }.to_le_bytes().map(|x| i32::from(x.cast_signed()));
+            for (sum, w) in sums.iter_mut().zip(w.as_chunks::<4>().0) {
+                for (w, x) in w.iter().zip(x) {
+                    *sum += i32::from(w.cast_signed()) * x;
+                }
+            }
+        }
+        sums.map(|sum| sum as f32)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(to: *mut i8, v: Self::V) {
+        let rounded = v.map(|x| x.round_ties_even() as i8);
+        // SAFETY: the caller gives sixteen writable bytes.
+        unsafe { to.cast::<[i8; LANES]>().write(rounded) }
     }
 }

@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code)]
 
+use super::LANES;
+
 /// Sixteen lanes of f32.
 ///
 /// # Safety
@@ -28,11 +30,10 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn add_exponent(v: Self::V, n: Self::V) -> Self::V;
     unsafe fn load_f16(from: *const u8) -> Self::V;
     unsafe fn load_bf16(from: *const u8) -> Self::V;
-    unsafe fn load_i8(from: *const u8) -> Self::V;
-    /// The low four bits of sixteen bytes.
-    unsafe fn load_low_nibbles(from: *const u8) -> Self::V;
-    /// The high four bits of sixteen bytes.
-    unsafe fn load_high_nibbles(from: *const u8) -> Self::V;
+    /// Of each of sixteen words of 32 bits, the signed byte from bit `shift` on.
+    unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V;
+    /// Of each of sixteen words of 32 bits, the four bits from bit `shift` on.
+    unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V;
 
     /// Asks for the cache line at `at`, which may be any address.
     #[inline(always)]
@@ -57,4 +58,19 @@ pub(super) trait Simd: Copy + 'static {
             Self::add_exponent(Self::add(p, Self::splat(1.0)), shifted)
         }
     }
+}
+
+/// Sixteen lanes to one, by halves.
+#[inline(always)]
+pub(super) fn fold(lanes: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = [0.0; LANES / 2];
+    for (i, out) in half.iter_mut().enumerate() {
+        *out = f(lanes[i], lanes[i + LANES / 2]);
+    }
+    for width in [4, 2, 1] {
+        for i in 0..width {
+            half[i] = f(half[i], half[i + width]);
+        }
+    }
+    half[0]
 }

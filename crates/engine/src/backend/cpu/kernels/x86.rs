@@ -7,7 +7,7 @@
 use super::simd::Simd;
 use std::arch::x86_64::*;
 
-/// AVX-512F.
+/// AVX-512 with VNNI.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
@@ -17,7 +17,13 @@ pub(super) struct Avx2;
 
 /// Sixteen lanes in two registers.
 #[derive(Clone, Copy)]
-pub(super) struct Pair(__m256, __m256);
+pub(super) struct Pair(pub(super) __m256, pub(super) __m256);
+
+/// A shift count where the shifts read it.
+#[inline(always)]
+unsafe fn count(shift: u32) -> __m128i {
+    unsafe { _mm_cvtsi32_si128(shift.cast_signed()) }
+}
 
 impl Simd for Avx512 {
     type V = __m512;
@@ -82,21 +88,17 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn load_i8(from: *const u8) -> Self::V {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
-    }
-    #[inline(always)]
-    unsafe fn load_low_nibbles(from: *const u8) -> Self::V {
+    unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
         unsafe {
-            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-            _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)))
+            let top = _mm512_sll_epi32(_mm512_loadu_si512(from.cast()), count(24 - shift));
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(top))
         }
     }
     #[inline(always)]
-    unsafe fn load_high_nibbles(from: *const u8) -> Self::V {
+    unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V {
         unsafe {
-            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-            _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(wide))
+            let low = _mm512_srl_epi32(_mm512_loadu_si512(from.cast()), count(shift));
+            _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(15)))
         }
     }
     #[inline(always)]
@@ -183,35 +185,23 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_i8(from: *const u8) -> Self::V {
+    unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
         unsafe {
-            Pair(
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast()))),
-            )
+            let one = |from: *const u8| {
+                let top = _mm256_sll_epi32(_mm256_loadu_si256(from.cast()), count(24 - shift));
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(top))
+            };
+            Pair(one(from), one(from.add(32)))
         }
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(from: *const u8) -> Self::V {
+    unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V {
         unsafe {
-            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
-            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
-            let mask = _mm256_set1_epi32(15);
-            Pair(
-                _mm256_cvtepi32_ps(_mm256_and_si256(low, mask)),
-                _mm256_cvtepi32_ps(_mm256_and_si256(high, mask)),
-            )
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_high_nibbles(from: *const u8) -> Self::V {
-        unsafe {
-            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
-            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
-            Pair(
-                _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(low)),
-                _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(high)),
-            )
+            let one = |from: *const u8| {
+                let low = _mm256_srl_epi32(_mm256_loadu_si256(from.cast()), count(shift));
+                _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(15)))
+            };
+            Pair(one(from), one(from.add(32)))
         }
     }
     #[inline(always)]
