@@ -98,6 +98,25 @@ fn small_models_on_every_path() {
     }
 }
 
+/// Contexts over several segments, which single tokens and large chunks walk differently.
+#[test]
+fn a_long_context_on_every_path() {
+    const LONG: usize = 1_150;
+    let mut model = golden("engine_random.json")[0].clone();
+    model["config"]["max_position_embeddings"] = LONG.into();
+    let folder = tempfile::tempdir().unwrap();
+    random_model::write(folder.path(), &model);
+    let prompt = tokens(9, LONG, model["config"]["vocab_size"].as_u64().unwrap() as u32);
+    for isa in paths() {
+        let mut rig = Rig::new(folder.path(), &options(2, KvDtype::F16, Some(isa)), 2 * LONG);
+        let first = rig.run(&prompt, &[512], WantedLogits::All);
+        for chunks in [&[LONG][..], &[LONG / 2 - 20, 1, 8, 9, 3], &[33]] {
+            let rows = rig.run(&prompt, chunks, WantedLogits::All);
+            assert_bits(&format!("{isa}: chunks of {chunks:?}"), &rows, &first);
+        }
+    }
+}
+
 fn check_real(options: impl Fn(usize) -> LoadOptions, what: &str, len: usize) {
     let prompt = tokens(1, len, 49_152);
     let others: Vec<Vec<u32>> = (2..9)

@@ -6,7 +6,7 @@ use super::activations::{add_bias, rms_norm, rms_norm_in_place};
 use super::arena::{KvHead, KvPart, write_token};
 use super::check::check;
 use super::isa::Isa;
-use super::kernels::{AttentionUnit, Kernels, LANES};
+use super::kernels::{AttentionUnit, Kernels, LANES, SEGMENT, partial_len};
 use super::packed::{PackedMatrix, PackedRows, PanelRows, Scratch};
 use super::pool::Pool;
 use super::weights::{LayerWeights, Weights};
@@ -15,12 +15,14 @@ use crate::error::{LoadError, StepError};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{ModelConfig, RopeTable};
 use baton_types::{ArenaView, BlockId, KvDtype, ModelFingerprint, NumericsId};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 /// Raised with every change that can change a bit of the output.
-const KERNEL_REVISION: u32 = 2;
+const KERNEL_REVISION: u32 = 3;
 /// Tokens whose attention is one unit: their keys and values are read once.
 const QUERY_TILE: usize = 32;
+/// Tokens of a tile whose context is cut into parts.
+const FEW_TOKENS: usize = 8;
 /// Tokens of one unit of per-token work.
 const TOKEN_CHUNK: usize = 8;
 /// Rows of logits computed at once, which bounds the room for them.
@@ -56,7 +58,7 @@ struct Buffers {
     y: PanelRows,
     /// Rotated queries: `(tokens, heads * head_dim)`.
     queries: Vec<f32>,
-    /// Attention's output, unit by unit: `(tile, kv_head, token of the tile, head of the group, head_dim)`.
+    /// Attention's output: `(tile, kv_head, part, token of the tile, head of the group, partial_len)`.
     attended: Vec<f32>,
 }
 
@@ -73,6 +75,21 @@ struct Tile {
     slice: usize,
     first: usize,
     tokens: usize,
+    /// Parts that its context is cut into.
+    parts: usize,
+    /// Tokens times parts of the tiles before it.
+    before: usize,
+}
+
+impl Tile {
+    /// Positions of one part; `end` is where the context ends.
+    fn context(&self, part: usize, end: usize) -> Range<usize> {
+        if self.parts == 1 {
+            0..end
+        } else {
+            part * SEGMENT..end.min((part + 1) * SEGMENT)
+        }
+    }
 }
 
 /// Where the step's tokens stand.
@@ -101,10 +118,21 @@ impl Plan {
             for offset in 0..slice.tokens.len() {
                 if offset.is_multiple_of(QUERY_TILE) {
                     let tokens = QUERY_TILE.min(slice.tokens.len() - offset);
+                    // Few tokens: the parts of a long context are what threads can share.
+                    let parts = match tokens {
+                        ..=FEW_TOKENS => (slice.start + offset + tokens).div_ceil(SEGMENT),
+                        _ => 1,
+                    };
+                    let before = plan
+                        .tiles
+                        .last()
+                        .map_or(0, |tile| tile.before + tile.tokens * tile.parts);
                     plan.tiles.push(Tile {
                         slice: index,
                         first: first + offset,
                         tokens,
+                        parts,
+                        before,
                     });
                 }
                 let position = slice.start + offset;
@@ -352,18 +380,21 @@ impl Engine {
         let [q_width, kv_heads, head_dim] =
             [config.q_width(), config.kv_heads, config.head_dim].map(|width| width as usize);
         let group = config.heads as usize / kv_heads;
-        // A unit is one tile and one key/value head; its output is contiguous.
-        let unit_start = |tile: &Tile, head: usize| tile.first * q_width + head * tile.tokens * group * head_dim;
-        let mut bounds: Vec<usize> = plan
-            .tiles
-            .iter()
-            .flat_map(|tile| (0..kv_heads).map(move |head| unit_start(tile, head)))
-            .collect();
-        bounds.push(plan.places.len() * q_width);
-        buffers.attended.resize(plan.places.len() * q_width, 0.0);
+        let len = partial_len(head_dim);
+        // A unit is one tile, one key/value head and one part of the context; its output is contiguous.
+        let mut units = Vec::new();
+        let mut bounds = vec![0];
+        for tile in &plan.tiles {
+            for (head, part) in (0..kv_heads).flat_map(|head| (0..tile.parts).map(move |part| (head, part))) {
+                units.push((tile, head, part));
+                bounds.push((tile.before * kv_heads + (head * tile.parts + part + 1) * tile.tokens) * group * len);
+            }
+        }
+        buffers.attended.resize(bounds[units.len()], 0.0);
         let queries = &buffers.queries;
         pool.parts(&mut buffers.attended, &bounds, |unit, out, worker| {
-            let (tile, head) = (&plan.tiles[unit / kv_heads], unit % kv_heads);
+            let (tile, head, part) = units[unit];
+            let start = plan.places[tile.first].position;
             scratch.with(worker, |scratch| {
                 kernels.attend(&mut AttentionUnit {
                     kv: KvHead::new(arena, batch[tile.slice].blocks, layer, head),
@@ -373,7 +404,8 @@ impl Engine {
                     group,
                     head_dim,
                     tokens: tile.tokens,
-                    start: plan.places[tile.first].position,
+                    start,
+                    context: tile.context(part, start + tile.tokens),
                     out,
                     scratch,
                 });
@@ -385,9 +417,11 @@ impl Engine {
             .x
             .pack(*kernels, pool, scratch, (plan.places.len(), &matrices), |token, row| {
                 let tile = &plan.tiles[plan.places[token].tile];
-                for (head, row) in row.chunks_exact_mut(group * head_dim).enumerate() {
-                    let from = unit_start(tile, head) + (token - tile.first) * group * head_dim;
-                    row.copy_from_slice(&attended[from..from + group * head_dim]);
+                for (head, row) in row.chunks_exact_mut(head_dim).enumerate() {
+                    let (head, of_group) = (head / group, head % group);
+                    let first = tile.before * kv_heads + head * tile.parts * tile.tokens + token - tile.first;
+                    let partials = &attended[(first * group + of_group) * len..];
+                    kernels.combine(partials, tile.tokens * group * len, tile.parts, row);
                 }
             });
         buffers.y.product(*kernels, pool, scratch, &matrices, &buffers.x);

@@ -1,19 +1,27 @@
 //! Causal attention of some consecutive tokens of one sequence, for the query heads that share one key/value head.
 //!
-//! The context is walked in tiles of [`LANES`] positions aligned at multiples of [`LANES`], with an online softmax
-//! (Milakov and Gimelshein 2018). A row (token, head) sees the same tiles in the same order, with the same count of valid
-//! positions, whichever rows stand beside it; keys and values always come from the arena, as stored.
+//! The context is cut into segments of [`SEGMENT`] positions, walked in tiles of [`SPAN`] with an online softmax
+//! (Milakov and Gimelshein 2018); what segments give is put together in ascending order (as in flash-decoding). Both are
+//! aligned at multiples of their lengths. So a row (token, head) sees the same tiles in the same order, whichever rows
+//! stand beside it and whichever unit does a segment; keys and values always come from the arena, as stored.
 
 #![allow(unsafe_code)]
 
 use super::LANES;
-use super::matmul::{tile, width};
 use super::simd::{Simd, fold};
 use crate::backend::cpu::arena::{KvHead, KvPart};
 use baton_types::KvDtype;
 use half::{bf16, f16};
+use std::ops::Range;
 
-/// Attention of `tokens` tokens over all positions up to their own.
+/// Positions of a context tile.
+const SPAN: usize = 4 * LANES;
+/// Positions after which a softmax begins anew: the smallest part of a context that a unit may have for itself.
+pub(in crate::backend::cpu) const SEGMENT: usize = 8 * SPAN;
+/// Rows of a full tile of queries.
+const ROWS: usize = 12;
+
+/// Attention of `tokens` tokens over the positions of `context` up to their own.
 pub(in crate::backend::cpu) struct AttentionUnit<'a> {
     /// The sequence's keys and values of one head; holds `start + tokens` positions.
     pub kv: KvHead<'a>,
@@ -31,40 +39,42 @@ pub(in crate::backend::cpu) struct AttentionUnit<'a> {
     pub tokens: usize,
     /// Position of the first.
     pub start: usize,
-    /// `(tokens, group, head_dim)`, overwritten.
+    /// Which positions; begins at a multiple of [`SEGMENT`], ends at `start + tokens` or before.
+    pub context: Range<usize>,
+    /// Sums that are not divided yet: `(tokens, group, partial_len)`, overwritten.
     pub out: &'a mut [f32],
     /// Room; grown as needed.
     pub scratch: &'a mut Vec<f32>,
 }
 
+/// Length of one row's partial result: weighted sums, padded to whole lanes, then maximum and total.
+pub(in crate::backend::cpu) const fn partial_len(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(LANES) + LANES
+}
+
 /// The parts of a unit's scratch.
 struct Room<'a> {
-    /// Scaled queries: tiles of rows, each `(padded head_dim, width)`.
+    /// Scaled queries: tiles of rows, each `(head_dim, width)`.
     q: &'a mut [f32],
-    /// Keys of one context tile: `(padded head_dim, LANES)`.
+    /// Keys of one context tile: `(head_dim, SPAN)`.
     keys: &'a mut [f32],
-    /// Values of one context tile: `(LANES, padded head_dim)`.
+    /// Values of one context tile: `(SPAN, padded head_dim)`.
     values: &'a mut [f32],
-    /// Rows of keys before they are turned.
-    rows: &'a mut [f32],
-    /// Scores, then weights: `(rows of a tile, LANES)`.
+    /// Scores, then weights: `(rows of a tile, SPAN)`.
     scores: &'a mut [f32],
-    /// Weighted sums: `(rows, padded head_dim)`.
+    /// Partial results of one segment: `(rows, partial_len)`.
     sums: &'a mut [f32],
-    /// Running maximum and running total of each row.
-    state: &'a mut [f32],
 }
 
 impl<'a> Room<'a> {
-    fn new(scratch: &'a mut Vec<f32>, rows: usize, padded_rows: usize, dim: usize) -> Self {
+    fn new(scratch: &'a mut Vec<f32>, rows: usize, head_dim: usize) -> Self {
+        let dim = head_dim.next_multiple_of(LANES);
         let lens = [
-            padded_rows * dim,
-            dim * LANES,
-            dim * LANES,
-            dim * LANES,
-            12 * LANES,
-            rows * dim,
-            2 * rows,
+            rows.next_multiple_of(ROWS) * dim,
+            dim * SPAN,
+            SPAN * dim,
+            ROWS * SPAN,
+            rows * partial_len(head_dim),
         ];
         let need = lens.iter().sum::<usize>() + LANES;
         if scratch.len() < need {
@@ -75,18 +85,24 @@ impl<'a> Room<'a> {
         let (q, rest) = rest.split_at_mut(lens[0]);
         let (keys, rest) = rest.split_at_mut(lens[1]);
         let (values, rest) = rest.split_at_mut(lens[2]);
-        let (row_keys, rest) = rest.split_at_mut(lens[3]);
-        let (scores, rest) = rest.split_at_mut(lens[4]);
-        let (sums, rest) = rest.split_at_mut(lens[5]);
+        let (scores, rest) = rest.split_at_mut(lens[3]);
         Self {
             q,
             keys,
             values,
-            rows: row_keys,
             scores,
-            sums,
-            state: &mut rest[..lens[6]],
+            sums: &mut rest[..lens[4]],
         }
+    }
+}
+
+/// Rows that a tile of `rows` is padded to.
+const fn width(rows: usize) -> usize {
+    match rows {
+        0..=4 => rows,
+        5..=6 => 6,
+        7..=8 => 8,
+        _ => ROWS,
     }
 }
 
@@ -96,129 +112,241 @@ impl<'a> Room<'a> {
 /// As [`Simd`]; and nobody writes the positions that it reads meanwhile.
 #[inline(always)]
 pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
-    let dim = unit.head_dim.next_multiple_of(LANES);
-    let rows = unit.tokens * unit.group;
-    assert!(unit.out.len() == rows * unit.head_dim);
-    let rest = rows % S::TILE;
-    let padded_rows = rows - rest + if rest == 0 { 0 } else { width(rest) };
-    let room = Room::new(unit.scratch, rows, padded_rows, dim);
-    pack_queries::<S>(
-        unit.q,
-        unit.q_stride,
-        unit.q_offset,
-        unit.group,
-        unit.head_dim,
-        rows,
-        dim,
-        room.q,
-    );
-    room.sums.fill(0.0);
-    let (maxima, totals) = room.state.split_at_mut(rows);
-    maxima.fill(f32::NEG_INFINITY);
-    totals.fill(0.0);
-
+    let (head_dim, group) = (unit.head_dim, unit.group);
+    let len = partial_len(head_dim);
+    let rows = unit.tokens * group;
+    assert!(unit.out.len() == rows * len && unit.context.start.is_multiple_of(SEGMENT));
+    assert!(unit.context.end <= unit.start + unit.tokens);
+    let room = Room::new(unit.scratch, rows, head_dim);
+    pack_queries(unit.q, unit.q_stride, unit.q_offset, (rows, group, head_dim), room.q);
+    unit.out.chunks_exact_mut(len).for_each(clear);
+    // The next unit may be the next segment's.
     let end = unit.start + unit.tokens;
-    for context in (0..end).step_by(LANES) {
-        let positions = LANES.min(end - context);
-        // SAFETY: `room`'s parts have the lengths that the loads need; the caller's promise.
-        unsafe {
-            prefetch::<S>(&unit.kv, context + LANES, end, unit.head_dim);
-            load::<S>(&unit.kv, KvPart::Key, context, positions, unit.head_dim, dim, room.rows);
-            turn(room.rows, room.keys, dim);
-            load::<S>(
-                &unit.kv,
-                KvPart::Value,
-                context,
-                positions,
-                unit.head_dim,
-                dim,
-                room.values,
-            );
-        }
-        let mut first = 0;
-        while first < rows {
-            let count = S::TILE.min(rows - first);
-            let last_position = unit.start + (first + count - 1) / unit.group;
-            if last_position >= context {
-                let x = room.q[first * dim..].as_ptr();
-                // SAFETY: keys hold `(dim, LANES)`, this tile of queries `(dim, width)`, scores twelve rows.
-                unsafe { score::<S>(room.scores, count, room.keys.as_ptr(), x, dim) };
-                for i in 0..count {
-                    let row = first + i;
-                    let position = unit.start + row / unit.group;
-                    if position < context {
-                        continue;
-                    }
-                    let visible = LANES.min(position + 1 - context);
-                    let weights = &mut room.scores[i * LANES..(i + 1) * LANES];
-                    let sums = &mut room.sums[row * dim..(row + 1) * dim];
-                    // SAFETY: sixteen weights, `dim` sums, `(LANES, dim)` values.
+    for segment in unit.context.clone().step_by(SEGMENT) {
+        let until = unit.context.end.min(segment + SEGMENT);
+        room.sums.chunks_exact_mut(len).for_each(clear);
+        for context in (segment..until).step_by(SPAN) {
+            let positions = SPAN.min(until - context);
+            // SAFETY: the parts of the room have the lengths that are read and written; the caller's promise.
+            unsafe {
+                load_keys::<S>(&unit.kv, context, positions, end, head_dim, room.keys);
+                load_values::<S>(&unit.kv, context, positions, end, head_dim, room.values);
+            }
+            for first in (0..rows).step_by(ROWS) {
+                let count = ROWS.min(rows - first);
+                // Positions of this tile that a row may see, by the row's token.
+                let visible = |row: usize| (unit.start + row / group + 1).saturating_sub(context).min(positions);
+                let seen = visible(first + count - 1);
+                if seen > 0 {
+                    let x = &room.q[first * head_dim..];
+                    let sums = &mut room.sums[first * len..(first + count) * len];
+                    // SAFETY: as above; `x` holds a tile of queries.
                     unsafe {
-                        let scale = soften::<S>(weights, visible, &mut maxima[row], &mut totals[row]);
-                        accumulate::<S>(sums, scale, weights, visible, room.values, dim);
+                        score::<S>(room.scores, count, seen, room.keys, x, head_dim);
+                        take::<S>(sums, room.scores, room.values, head_dim, |row| visible(first + row));
                     }
                 }
             }
-            first += count;
+        }
+        for (out, part) in unit.out.chunks_exact_mut(len).zip(room.sums.chunks_exact(len)) {
+            let (sums, state) = out.split_at_mut(len - LANES);
+            let mut so_far = (state[0], state[1]);
+            // SAFETY: both have `len` elements; the caller's promise.
+            unsafe { merge::<S>(sums, &mut so_far, part) };
+            (state[0], state[1]) = so_far;
         }
     }
-    let outs = unit.out.chunks_exact_mut(unit.head_dim);
-    for ((out, sums), total) in outs.zip(room.sums.chunks_exact(dim)).zip(totals) {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = sum / *total;
-        }
+}
+
+/// No position seen yet.
+#[inline(always)]
+fn clear(partial: &mut [f32]) {
+    partial.fill(0.0);
+    let state = partial.len() - LANES;
+    partial[state] = f32::NEG_INFINITY;
+}
+
+/// Puts the partial results of one row together and divides: `out` is `(head_dim,)`. They stand `step` elements apart.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn combine<S: Simd>(partials: &[f32], step: usize, parts: usize, out: &mut [f32]) {
+    let len = partial_len(out.len());
+    let mut so_far = (f32::NEG_INFINITY, 0.0);
+    for part in 0..parts {
+        // SAFETY: the caller's promise.
+        unsafe { merge::<S>(out, &mut so_far, &partials[part * step..part * step + len]) };
     }
+    for out in out {
+        *out /= so_far.1;
+    }
+}
+
+/// Adds a partial result to `sums`, of which there may be fewer than whole lanes, and to their maximum and total.
+#[inline(always)]
+unsafe fn merge<S: Simd>(sums: &mut [f32], (maximum, total): &mut (f32, f32), part: &[f32]) {
+    let (part, state) = part.split_at(part.len() - LANES);
+    let (part_maximum, part_total) = (state[0], state[1]);
+    if part_maximum == f32::NEG_INFINITY {
+        return;
+    }
+    if *maximum == f32::NEG_INFINITY {
+        sums.copy_from_slice(&part[..sums.len()]);
+        (*maximum, *total) = (part_maximum, part_total);
+        return;
+    }
+    let highest = if part_maximum > *maximum {
+        part_maximum
+    } else {
+        *maximum
+    };
+    // SAFETY: the caller's promise.
+    let factors = unsafe { (exp::<S>(*maximum - highest), exp::<S>(part_maximum - highest)) };
+    for (sums, part) in sums.chunks_mut(LANES).zip(part.chunks_exact(LANES)) {
+        let mut lanes = [0.0; LANES];
+        lanes[..sums.len()].copy_from_slice(sums);
+        // SAFETY: sixteen elements each; the caller's promise.
+        unsafe {
+            let ours = S::mul(S::load(lanes.as_ptr()), S::splat(factors.0));
+            let sum = S::fma(S::load(part.as_ptr()), S::splat(factors.1), ours);
+            S::store(lanes.as_mut_ptr(), sum);
+        }
+        sums.copy_from_slice(&lanes[..sums.len()]);
+    }
+    (*maximum, *total) = (highest, *total * factors.0 + part_total * factors.1);
+}
+
+#[inline(always)]
+unsafe fn exp<S: Simd>(x: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: sixteen elements; the caller's promise.
+    unsafe { S::store(lanes.as_mut_ptr(), S::exp(S::splat(x))) };
+    lanes[0]
 }
 
 /// Queries times `1 / sqrt(head_dim)`, as tiles of rows.
-#[allow(clippy::too_many_arguments)] // The lengths of one layout; a struct would name them a second time.
 #[inline(always)]
-fn pack_queries<S: Simd>(
+fn pack_queries(
     q: &[f32],
     stride: usize,
     offset: usize,
-    group: usize,
-    head_dim: usize,
-    rows: usize,
-    dim: usize,
+    (rows, group, head_dim): (usize, usize, usize),
     out: &mut [f32],
 ) {
-    out.fill(0.0);
     let scale = 1.0 / (head_dim as f32).sqrt();
-    for row in 0..rows {
-        let from = row / group * stride + offset + row % group * head_dim;
-        let first = row - row % S::TILE;
-        let wide = width(S::TILE.min(rows - first));
-        let tile = &mut out[first * dim..];
-        for (d, x) in q[from..from + head_dim].iter().enumerate() {
-            tile[d * wide + row - first] = x * scale;
+    for first in (0..rows).step_by(ROWS) {
+        let count = ROWS.min(rows - first);
+        let wide = width(count);
+        let tile = &mut out[first * head_dim..(first + wide) * head_dim];
+        if count < wide {
+            tile.fill(0.0);
+        }
+        for row in 0..count {
+            let from = (first + row) / group * stride + offset + (first + row) % group * head_dim;
+            for (x, out) in q[from..from + head_dim]
+                .iter()
+                .zip(tile[row..].iter_mut().step_by(wide))
+            {
+                *out = x * scale;
+            }
         }
     }
 }
 
-/// Rows of keys or values of one context tile as f32: `(LANES, dim)`; absent positions and elements are 0.
+/// Addresses of the rows of sixteen positions from `context` on, of which `count` exist; the others repeat the last.
 #[inline(always)]
-unsafe fn load<S: Simd>(
-    kv: &KvHead<'_>,
-    part: KvPart,
-    context: usize,
-    positions: usize,
-    head_dim: usize,
-    dim: usize,
-    out: &mut [f32],
-) {
-    out[positions * dim..].fill(0.0);
-    let row_bytes = head_dim * kv.dtype().bytes();
+fn sixteen(kv: &KvHead<'_>, part: KvPart, context: usize, count: usize, row_bytes: usize) -> [*const u8; LANES] {
+    let mut rows = [std::ptr::null(); LANES];
     let mut done = 0;
-    while done < positions {
+    while done < count {
         let (from, run) = kv.rows(part, context + done);
-        let run = run.min(positions - done);
-        for i in 0..run {
-            let to = &mut out[(done + i) * dim..(done + i + 1) * dim];
-            // SAFETY: `rows` gives the address of `run` whole rows inside the arena.
-            unsafe { convert::<S>(from.as_ptr().add(i * row_bytes), kv.dtype(), head_dim, to) };
+        let run = run.min(count - done);
+        for (i, row) in rows[done..done + run].iter_mut().enumerate() {
+            *row = from.as_ptr().wrapping_add(i * row_bytes).cast_const();
         }
         done += run;
+    }
+    let last = rows[count - 1];
+    rows[count..].fill(last);
+    rows
+}
+
+/// Keys of one context tile as f32, turned: `(head_dim, SPAN)`. What absent positions get is never looked at.
+#[inline(always)]
+unsafe fn load_keys<S: Simd>(
+    kv: &KvHead<'_>,
+    context: usize,
+    positions: usize,
+    end: usize,
+    head_dim: usize,
+    out: &mut [f32],
+) {
+    let row_bytes = head_dim * kv.dtype().bytes();
+    let whole = head_dim - head_dim % (2 * LANES);
+    for at in (0..positions).step_by(LANES) {
+        let count = LANES.min(positions - at);
+        let rows = sixteen(kv, KvPart::Key, context + at, count, row_bytes);
+        // SAFETY: the caller's promise.
+        unsafe { prefetch::<S>(kv, KvPart::Key, context + SPAN + at, end, row_bytes) };
+        // SAFETY: `sixteen` gives addresses of whole rows inside the arena; `out` holds `(head_dim, SPAN)`.
+        unsafe {
+            let mut done = 0;
+            if kv.dtype() == KvDtype::F16 {
+                for d in (0..whole).step_by(2 * LANES) {
+                    S::turn_f16(
+                        rows.map(|row| row.add(2 * d)),
+                        out.as_mut_ptr().add(d * SPAN + at),
+                        SPAN,
+                    );
+                }
+                done = whole;
+            }
+            for (t, row) in rows.iter().enumerate().take(count) {
+                for d in done..head_dim {
+                    out[d * SPAN + at + t] = element(*row, kv.dtype(), d);
+                }
+            }
+        }
+    }
+}
+
+/// Values of one context tile as f32: `(SPAN, padded head_dim)`. What absent positions get is never looked at.
+#[inline(always)]
+unsafe fn load_values<S: Simd>(
+    kv: &KvHead<'_>,
+    context: usize,
+    positions: usize,
+    end: usize,
+    head_dim: usize,
+    out: &mut [f32],
+) {
+    let row_bytes = head_dim * kv.dtype().bytes();
+    let dim = head_dim.next_multiple_of(LANES);
+    for at in (0..positions).step_by(LANES) {
+        let count = LANES.min(positions - at);
+        let rows = sixteen(kv, KvPart::Value, context + at, count, row_bytes);
+        // SAFETY: the caller's promise.
+        unsafe { prefetch::<S>(kv, KvPart::Value, context + SPAN + at, end, row_bytes) };
+        // SAFETY: `sixteen` gives addresses of whole rows inside the arena.
+        unsafe {
+            for (row, out) in rows.iter().zip(out[at * dim..].chunks_exact_mut(dim)).take(count) {
+                convert::<S>(*row, kv.dtype(), head_dim, out);
+            }
+        }
+    }
+}
+
+/// Asks for rows of the next context tile: blocks lie far apart, so the machine does not foresee them.
+#[inline(always)]
+unsafe fn prefetch<S: Simd>(kv: &KvHead<'_>, part: KvPart, context: usize, end: usize, row_bytes: usize) {
+    if context < end {
+        let (from, run) = kv.rows(part, context);
+        let bytes = run.min(LANES).min(end - context) * row_bytes;
+        for at in (0..bytes).step_by(64) {
+            // SAFETY: the instructions exist by the caller's promise; the address is inside the arena.
+            unsafe { S::prefetch(from.as_ptr().add(at)) };
+        }
     }
 }
 
@@ -237,139 +365,255 @@ unsafe fn convert<S: Simd>(from: *const u8, dtype: KvDtype, head_dim: usize, to:
             S::store(to.as_mut_ptr().add(d), v);
         }
         for (d, to) in to.iter_mut().enumerate().skip(whole) {
-            *to = match dtype {
-                _ if d >= head_dim => 0.0,
-                KvDtype::F16 => f16::from_bits(from.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
-                KvDtype::Bf16 => bf16::from_bits(from.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
-                KvDtype::F32 => from.add(4 * d).cast::<f32>().read_unaligned(),
-            };
+            *to = if d < head_dim { element(from, dtype, d) } else { 0.0 };
         }
     }
 }
 
-/// Asks for the keys and values of the next context tile: blocks lie far apart, so the machine does not foresee them.
+/// One stored element.
 #[inline(always)]
-unsafe fn prefetch<S: Simd>(kv: &KvHead<'_>, context: usize, end: usize, head_dim: usize) {
-    if context >= end {
-        return;
-    }
-    for part in [KvPart::Key, KvPart::Value] {
-        let (from, run) = kv.rows(part, context);
-        let bytes = run.min(LANES).min(end - context) * head_dim * kv.dtype().bytes();
-        for at in (0..bytes).step_by(64) {
-            // SAFETY: the instructions exist by the caller's promise; the address is inside the arena.
-            unsafe { S::prefetch(from.as_ptr().add(at)) };
+unsafe fn element(row: *const u8, dtype: KvDtype, d: usize) -> f32 {
+    // SAFETY: the caller gives a row of more than `d` elements.
+    unsafe {
+        match dtype {
+            KvDtype::F16 => f16::from_bits(row.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
+            KvDtype::Bf16 => bf16::from_bits(row.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
+            KvDtype::F32 => row.add(4 * d).cast::<f32>().read_unaligned(),
         }
     }
 }
 
-/// `(LANES, dim)` to `(dim, LANES)`.
+/// Scores of a tile of `count` rows at the first `seen` positions, rounded up.
 #[inline(always)]
-fn turn(rows: &[f32], out: &mut [f32], dim: usize) {
-    for (d, out) in out.chunks_exact_mut(LANES).enumerate() {
-        for (t, out) in out.iter_mut().enumerate() {
-            *out = rows[t * dim + d];
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn score<S: Simd>(scores: &mut [f32], count: usize, keys: *const f32, x: *const f32, dim: usize) {
-    // SAFETY: the caller's promise.
+unsafe fn score<S: Simd>(scores: &mut [f32], count: usize, seen: usize, keys: &[f32], x: &[f32], head_dim: usize) {
+    assert!(x.len() >= width(count) * head_dim && keys.len() >= head_dim * SPAN && scores.len() >= ROWS * SPAN);
+    // SAFETY: the lengths above.
     unsafe {
         match width(count) {
-            1 => tile::<S, 1>(scores, 0, count, keys, x, dim),
-            2 => tile::<S, 2>(scores, 0, count, keys, x, dim),
-            4 => tile::<S, 4>(scores, 0, count, keys, x, dim),
-            6 => tile::<S, 6>(scores, 0, count, keys, x, dim),
-            8 => tile::<S, 8>(scores, 0, count, keys, x, dim),
-            _ => tile::<S, 12>(scores, 0, count, keys, x, dim),
+            1 => score_rows::<S, 1>(scores, seen, keys, x, head_dim),
+            2 => score_rows::<S, 2>(scores, seen, keys, x, head_dim),
+            3 => score_rows::<S, 3>(scores, seen, keys, x, head_dim),
+            4 => score_rows::<S, 4>(scores, seen, keys, x, head_dim),
+            6 => score_rows::<S, 6>(scores, seen, keys, x, head_dim),
+            8 => score_rows::<S, 8>(scores, seen, keys, x, head_dim),
+            _ => score_rows::<S, ROWS>(scores, seen, keys, x, head_dim),
         }
     }
 }
 
-/// Turns sixteen scores into weights against the new running maximum; gives the factor for what was summed before.
+#[inline(always)]
+unsafe fn score_rows<S: Simd, const M: usize>(
+    scores: &mut [f32],
+    seen: usize,
+    keys: &[f32],
+    x: &[f32],
+    head_dim: usize,
+) {
+    let mut at = 0;
+    while at < seen {
+        let (scores, keys) = (scores[at..].as_mut_ptr(), keys[at..].as_ptr());
+        // SAFETY: `at` is below SPAN, as a multiple of what is done at once; the caller's lengths.
+        unsafe {
+            if S::TILE == 12 && M <= 4 {
+                score_block::<S, M, 4>(scores, keys, x.as_ptr(), head_dim);
+                at += 4 * LANES;
+            } else if S::TILE == 12 {
+                score_block::<S, M, 2>(scores, keys, x.as_ptr(), head_dim);
+                at += 2 * LANES;
+            } else {
+                score_block::<S, M, 1>(scores, keys, x.as_ptr(), head_dim);
+                at += LANES;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn score_block<S: Simd, const M: usize, const N: usize>(
+    scores: *mut f32,
+    mut keys: *const f32,
+    mut x: *const f32,
+    head_dim: usize,
+) {
+    // SAFETY: keys hold `(head_dim, SPAN)`, `x` holds `(head_dim, M)`, scores `(M, SPAN)`, from N vectors before the end on.
+    unsafe {
+        let mut acc = [[S::splat(0.0); N]; M];
+        for _ in 0..head_dim {
+            let mut key = [S::splat(0.0); N];
+            for (n, key) in key.iter_mut().enumerate() {
+                *key = S::load(keys.add(n * LANES));
+            }
+            for (m, acc) in acc.iter_mut().enumerate() {
+                let x = S::splat(*x.add(m));
+                for (acc, key) in acc.iter_mut().zip(key) {
+                    *acc = S::fma(key, x, *acc);
+                }
+            }
+            keys = keys.add(SPAN);
+            x = x.add(M);
+        }
+        for (m, acc) in acc.iter().enumerate() {
+            for (n, acc) in acc.iter().enumerate() {
+                S::store(scores.add(m * SPAN + n * LANES), *acc);
+            }
+        }
+    }
+}
+
+/// Turns scores of some rows into weights and adds the weighted values to the rows' partial results.
+#[inline(always)]
+unsafe fn take<S: Simd>(
+    sums: &mut [f32],
+    scores: &mut [f32],
+    values: &[f32],
+    head_dim: usize,
+    visible: impl Fn(usize) -> usize,
+) {
+    let len = partial_len(head_dim);
+    let count = sums.len() / len;
+    let mut factors = [1.0; ROWS];
+    for ((row, sums), scores) in sums
+        .chunks_exact_mut(len)
+        .enumerate()
+        .zip(scores.chunks_exact_mut(SPAN))
+    {
+        let state = &mut sums[len - LANES..];
+        let (mut maximum, mut total) = (state[0], state[1]);
+        if visible(row) > 0 {
+            // SAFETY: the caller's promise.
+            factors[row] = unsafe { soften::<S>(scores, visible(row), &mut maximum, &mut total) };
+        }
+        (state[0], state[1]) = (maximum, total);
+    }
+    let most = if S::TILE == 12 { 6 } else { 3 };
+    let mut row = 0;
+    while row < count {
+        let sums = sums[row * len..].as_mut_ptr();
+        let (weights, factors) = (scores[row * SPAN..].as_ptr(), factors[row..].as_ptr());
+        let rest = most.min(count - row);
+        // Positions that all of these rows see, then what the later ones see beyond: the order stays each row's own.
+        let all = visible(row);
+        // SAFETY: each has `rest` rows; `visible` is at most SPAN.
+        unsafe {
+            let mut done = 3;
+            match rest {
+                6 => {
+                    weigh::<S, 6>(sums, factors, weights, 0..all, values, head_dim);
+                    done = 6;
+                }
+                3..=5 => weigh::<S, 3>(sums, factors, weights, 0..all, values, head_dim),
+                _ => {
+                    weigh::<S, 1>(sums, factors, weights, 0..all, values, head_dim);
+                    done = 1;
+                }
+            }
+            for i in 1..done {
+                if visible(row + i) > all {
+                    let (sums, weights) = (sums.add(i * len), weights.add(i * SPAN));
+                    weigh::<S, 1>(sums, [1.0].as_ptr(), weights, all..visible(row + i), values, head_dim);
+                }
+            }
+            row += done;
+        }
+    }
+}
+
+/// Turns a row's scores into weights against the new running maximum; gives the factor for what was summed before.
 #[inline(always)]
 unsafe fn soften<S: Simd>(scores: &mut [f32], visible: usize, maximum: &mut f32, total: &mut f32) -> f32 {
     scores[visible..].fill(f32::NEG_INFINITY);
-    let highest = fold(scores, |a, b| if a > b { a } else { b });
-    let new = if highest > *maximum { highest } else { *maximum };
-    // SAFETY: the caller gives sixteen scores.
-    let factor = unsafe {
-        let shifted = S::sub(S::load(scores.as_ptr()), S::splat(new));
-        S::store(scores.as_mut_ptr(), S::exp(shifted));
-        let mut factors = [0.0; LANES];
-        S::store(factors.as_mut_ptr(), S::exp(S::splat(*maximum - new)));
-        if *maximum == f32::NEG_INFINITY { 0.0 } else { factors[0] }
-    };
-    scores[visible..].fill(0.0);
-    *total = *total * factor + fold(scores, |a, b| a + b);
-    *maximum = new;
-    factor
+    // SAFETY: the caller gives SPAN scores.
+    unsafe {
+        let at = |i: usize| S::load(scores.as_ptr().add(i * LANES));
+        let mut lanes = [0.0; LANES];
+        S::store(lanes.as_mut_ptr(), S::max(S::max(at(0), at(1)), S::max(at(2), at(3))));
+        let highest = fold(&lanes, |a, b| if a > b { a } else { b });
+        let new = if highest > *maximum { highest } else { *maximum };
+        let factor = if *maximum == f32::NEG_INFINITY {
+            0.0
+        } else {
+            exp::<S>(*maximum - new)
+        };
+        for i in 0..SPAN / LANES {
+            let shifted = S::sub(S::load(scores.as_ptr().add(i * LANES)), S::splat(new));
+            S::store(scores.as_mut_ptr().add(i * LANES), S::exp(shifted));
+        }
+        scores[visible..].fill(0.0);
+        let at = |i: usize| S::load(scores.as_ptr().add(i * LANES));
+        S::store(lanes.as_mut_ptr(), S::add(S::add(at(0), at(1)), S::add(at(2), at(3))));
+        *total = *total * factor + fold(&lanes, |a, b| a + b);
+        *maximum = new;
+        factor
+    }
 }
 
-/// `sums * factor + weights * values`, position by position.
+/// `sums * factor + weights * values` of M rows, position by position.
 #[inline(always)]
-unsafe fn accumulate<S: Simd>(
-    sums: &mut [f32],
-    factor: f32,
-    weights: &[f32],
-    visible: usize,
+unsafe fn weigh<S: Simd, const M: usize>(
+    sums: *mut f32,
+    factors: *const f32,
+    weights: *const f32,
+    positions: Range<usize>,
     values: &[f32],
-    dim: usize,
+    head_dim: usize,
 ) {
+    let dim = head_dim.next_multiple_of(LANES);
+    assert!(positions.end <= SPAN && values.len() >= SPAN * dim);
     let mut d = 0;
-    // SAFETY: `sums` holds `dim` elements, `values` holds `(LANES, dim)`, `visible <= LANES`, `dim` is whole lanes.
+    // SAFETY: the caller gives M rows of partial results, factors and weights.
     unsafe {
-        while d + 4 * LANES <= dim {
-            columns::<S, 4>(
-                sums.as_mut_ptr().add(d),
-                factor,
-                weights,
-                visible,
-                values.as_ptr().add(d),
-                dim,
-            );
-            d += 4 * LANES;
-        }
         while d < dim {
-            columns::<S, 1>(
-                sums.as_mut_ptr().add(d),
-                factor,
-                weights,
-                visible,
-                values.as_ptr().add(d),
-                dim,
-            );
-            d += LANES;
+            let (sums, values) = (sums.add(d), values.as_ptr().add(d));
+            let positions = positions.clone();
+            if d + 4 * LANES <= dim && S::TILE == 12 {
+                columns::<S, M, 4>(sums, factors, weights, positions, values, dim);
+                d += 4 * LANES;
+            } else if d + 2 * LANES <= dim {
+                columns::<S, M, 2>(sums, factors, weights, positions, values, dim);
+                d += 2 * LANES;
+            } else {
+                columns::<S, M, 1>(sums, factors, weights, positions, values, dim);
+                d += LANES;
+            }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<S: Simd, const N: usize>(
+unsafe fn columns<S: Simd, const M: usize, const N: usize>(
     sums: *mut f32,
-    factor: f32,
-    weights: &[f32],
-    visible: usize,
+    factors: *const f32,
+    weights: *const f32,
+    positions: Range<usize>,
     values: *const f32,
     dim: usize,
 ) {
-    // SAFETY: as `accumulate`.
+    let len = dim + LANES;
+    // SAFETY: as `weigh`.
     unsafe {
-        let factor = S::splat(factor);
-        let mut acc = [factor; N];
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::mul(S::load(sums.add(n * LANES)), factor);
-        }
-        for (t, weight) in weights[..visible].iter().enumerate() {
-            let weight = S::splat(*weight);
+        let mut acc = [[S::splat(0.0); N]; M];
+        for (m, acc) in acc.iter_mut().enumerate() {
+            let factor = S::splat(*factors.add(m));
             for (n, acc) in acc.iter_mut().enumerate() {
-                *acc = S::fma(weight, S::load(values.add(t * dim + n * LANES)), *acc);
+                *acc = S::mul(S::load(sums.add(m * len + n * LANES)), factor);
             }
         }
-        for (n, acc) in acc.into_iter().enumerate() {
-            S::store(sums.add(n * LANES), acc);
+        for t in positions {
+            let mut value = [S::splat(0.0); N];
+            for (n, value) in value.iter_mut().enumerate() {
+                *value = S::load(values.add(t * dim + n * LANES));
+            }
+            for (m, acc) in acc.iter_mut().enumerate() {
+                let weight = S::splat(*weights.add(m * SPAN + t));
+                for (acc, value) in acc.iter_mut().zip(value) {
+                    *acc = S::fma(weight, value, *acc);
+                }
+            }
+        }
+        for (m, acc) in acc.iter().enumerate() {
+            for (n, acc) in acc.iter().enumerate() {
+                S::store(sums.add(m * len + n * LANES), *acc);
+            }
         }
     }
 }

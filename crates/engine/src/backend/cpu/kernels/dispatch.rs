@@ -66,6 +66,12 @@ macro_rules! path {
             }
 
             $(#[target_feature(enable = $features)])?
+            pub(super) unsafe fn combine(partials: &[f32], step: usize, parts: usize, out: &mut [f32]) {
+                // SAFETY: as above.
+                unsafe { attention::combine::<$simd>(partials, step, parts, out) }
+            }
+
+            $(#[target_feature(enable = $features)])?
             pub(super) unsafe fn silu(gate: &mut [f32], up: &[f32]) {
                 // SAFETY: as above.
                 unsafe { silu_mul::<$simd>(gate, up) }
@@ -174,6 +180,11 @@ impl Kernels {
     /// Attention of some tokens. The caller owns the blocks for reading.
     pub(in crate::backend::cpu) fn attend(self, unit: &mut AttentionUnit<'_>) {
         dispatch!(self, attend(unit));
+    }
+
+    /// One row of attention's output from `parts` partial results that stand `step` elements apart.
+    pub(in crate::backend::cpu) fn combine(self, partials: &[f32], step: usize, parts: usize, out: &mut [f32]) {
+        dispatch!(self, combine(partials, step, parts, out));
     }
 
     /// `gate = silu(gate) * up`; lengths are whole lanes.

@@ -228,7 +228,7 @@ unsafe fn decode_panel<S: Simd, D: Decode>(panel: *const u8, inner: usize, mut t
 
 /// One decoded panel by one tile: stores `(tokens, LANES)` at row `row` of `out`.
 #[inline(always)]
-pub(super) unsafe fn tile<S: Simd, const M: usize>(
+unsafe fn tile<S: Simd, const M: usize>(
     out: &mut [f32],
     row: usize,
     tokens: usize,

@@ -2,7 +2,7 @@
 //! methods are safe: they check lengths, and a value of it exists only for a path that this machine runs.
 //!
 //! Invariant: each output element is one chain of operations in a fixed order (along the inner dimension, or along the
-//! context by tiles of [`LANES`] positions). Lanes hold *different* elements, never parts of one sum, so neither the
+//! context by tiles and segments of positions). Lanes hold *different* elements, never parts of one sum, so neither the
 //! number of tokens nor their grouping into tiles can change a bit.
 
 mod attention;
@@ -19,11 +19,11 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_int8;
 
-pub(super) use attention::AttentionUnit;
+pub(super) use attention::{AttentionUnit, SEGMENT, partial_len};
 pub(super) use dispatch::Kernels;
 pub(super) use format::Format;
 pub(super) use int8::Int8Unit;
 pub(super) use matmul::MatmulUnit;
 
-/// Rows of a weight panel, and positions of a context tile.
+/// Rows of a weight panel.
 pub(super) const LANES: usize = 16;
