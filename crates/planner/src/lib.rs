@@ -13,4 +13,5 @@ pub mod stats;
 
 pub mod workload;
 
+pub use baton_scheduling::Policy;
 pub use nanos::Nanos;

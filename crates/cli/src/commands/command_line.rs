@@ -1,6 +1,6 @@
 //! The command line as a whole: which subcommands there are, and the runtime that each runs on.
 
-use super::{chat, coordinator, demo, drain, explain, model, node, role, status, up};
+use super::{chat, coordinator, demo, drain, explain, model, node, plan, role, status, up};
 use anyhow::{Context, Result};
 use std::future::Future;
 use std::process::ExitCode;
@@ -37,6 +37,8 @@ enum Command {
     Drain(drain::Drain),
     /// Asks a node to take up the other role, prefill or decode
     Role(role::Role),
+    /// Finds how many prefill and decode nodes a workload needs
+    Plan(Box<plan::Plan>),
     /// Fetches models
     Model(model::Model),
     /// Runs one node in this process
@@ -59,6 +61,7 @@ impl Baton {
             Command::Explain(explain) => block_on(explain.run()),
             Command::Drain(drain) => block_on(drain.run()),
             Command::Role(role) => block_on(role.run()),
+            Command::Plan(plan) => plan.run(),
             Command::Model(model) => block_on(model.run()),
             Command::Node(node) => block_on(node.run()),
             Command::Coordinator(coordinator) => block_on(coordinator.run()),
@@ -102,6 +105,7 @@ mod tests {
             "explain",
             "drain",
             "role",
+            "plan",
             "model",
             "node",
             "coordinator",
@@ -123,6 +127,22 @@ mod tests {
         assert!(refused(&["baton", "up", "--model", "./nowhere.gguf"]).contains("no file or folder"));
         assert!(refused(&["baton", "up", "--http-listen", "8000"]).contains("--http-listen"));
         assert!(refused(&["baton", "dmeo"]).contains("demo"));
+        let plan = |slo, budget| {
+            refused(&[
+                "baton",
+                "plan",
+                "--model",
+                "llama-3.1-8b",
+                "--trace",
+                "t",
+                "--slo",
+                slo,
+                "--budget",
+                budget,
+            ])
+        };
+        assert!(plan("ttft_p90=1", "8").contains("give it with its unit"));
+        assert!(plan("ttft_p90=1s", "8 GPUs").contains("32xh100"));
         assert!(
             refused(&["baton", "node", "--role", "both", "--model", "stub"]).contains("expected prefill or decode")
         );

@@ -8,6 +8,7 @@ mod drain;
 mod explain;
 mod model;
 mod node;
+mod plan;
 mod role;
 mod signals;
 mod status;

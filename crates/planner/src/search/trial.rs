@@ -9,6 +9,9 @@ use baton_scheduling::Policy;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// A rate so many times the first one is not exceeded: a short trace may keep a lax SLO at any.
+const RATES_MAX: f64 = 1e4;
+
 /// So many nodes of each side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Split {
@@ -107,10 +110,11 @@ impl<'a> Trials<'a> {
     /// The highest rate, within `precision`, at which the SLO is met, from `low` (where it is) on; `low` where it is there only.
     pub fn highest(&self, split: Split, low: f64, precision: f64) -> Result<f64, PlanError> {
         let (mut low, mut high) = (low, low * 1.25);
-        while self.meets(split, high)? {
+        let enough = low * RATES_MAX;
+        while high < enough && self.meets(split, high)? {
             (low, high) = (high, high * 1.25);
         }
-        while high / low > 1.0 + precision {
+        while high < enough && high / low > 1.0 + precision {
             let middle = (low * high).sqrt();
             if self.meets(split, middle)? {
                 low = middle

@@ -205,7 +205,7 @@ impl Engine {
             return (0, 0);
         };
         let Some(row) = computing.row.as_ref().filter(|_| computing.steps > 1) else {
-            return (computing.steps, 0);
+            return (computing.steps, self.decoding.growth(computing.steps));
         };
         let passed = (now - computing.began).seconds();
         let done = row.first_after(self.decoding.tokens(), computing.steps, passed);

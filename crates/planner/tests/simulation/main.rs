@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod plain;
+mod planning;
 mod properties;
 mod truths;

@@ -1,0 +1,8 @@
+//! `baton plan`: how many prefill nodes and how many decode nodes a workload needs.
+
+mod command;
+mod given;
+mod json;
+mod print;
+
+pub use command::Plan;
