@@ -23,6 +23,8 @@ const ELEMENT_BYTES: f64 = 2.0;
 const BLOCK_TOKENS: u32 = 16;
 const CHUNK_TOKENS: u32 = 8192;
 const BATCH_MAX: f64 = 1024.0;
+/// Tokens that a batch may attend to, over those that fit: what is shared counts once for each.
+const SHARED_MAX: f64 = 8.0;
 
 /// The roofline's profile of one GPU that serves a model by itself.
 ///
@@ -83,7 +85,8 @@ pub fn estimate(gpu: &Gpu, shape: &Shape) -> Result<Profile, ProfileError> {
         queue_max: 64,
         prefill_running_max: 32,
         prefill: Grid::of(rising(1.0, f64::from(CHUNK_TOKENS)), contexts(context_max), prefill),
-        decode: Grid::of(rising(1.0, BATCH_MAX), contexts(capacity + BATCH_MAX), decode),
+        // Sequences that share a prefix attend to more tokens than there are in memory.
+        decode: Grid::of(rising(1.0, BATCH_MAX), contexts(SHARED_MAX * capacity), decode),
         mixed_saves_s: to_nanos(STEP_OVERHEAD_S + read_weights),
         handover: vec![HandoverPath {
             path: "rdma".to_owned(),
