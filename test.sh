@@ -69,4 +69,18 @@ export BATON_TEST_MODEL BATON_TEST_LONG=$long
 stage "tests"
 # shellcheck disable=SC2086
 cargo test --workspace $features --locked --no-fail-fast -- --test-threads 2
+
+if [ "$long" = 1 ]; then
+    stage "the real model over rdma"
+    status=0
+    tests/rdma-guest.sh --cluster "$BATON_TEST_MODEL" || status=$?
+    # 77: this machine cannot, and the script has said why.
+    [ "$status" = 0 ] || [ "$status" = 77 ]
+    stage "fuzz, 600 s each"
+    if command -v cargo-fuzz >/dev/null 2>&1 || [ -x target/tools/bin/cargo-fuzz ]; then
+        kv-transfer/fuzz/run.sh 600
+    else
+        echo "test.sh: SKIPPED, there is no cargo-fuzz: cargo install cargo-fuzz --locked --root target/tools" >&2
+    fi
+fi
 stage ""

@@ -2,7 +2,7 @@
 //! or fail with a clear retryable error within 5 s; a restarted node rejoins by itself and serves.
 
 use anyhow::{Result, ensure};
-use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, retryable, until};
+use baton_tests::{Answer, Ask, Cluster, ClusterOptions, Etcd, Store, ask, long_campaign, retryable, until};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
@@ -11,8 +11,13 @@ const TOKENS: u32 = 60;
 const MODEL: &str = "stub:prefill_us=500,decode_us=10000";
 
 fn request(index: usize) -> Ask {
+    request_of(0, index)
+}
+
+/// One that no cache knows from another set.
+fn request_of(set: usize, index: usize) -> Ask {
     let ids = (0..100 + 40 * index)
-        .map(|i| ((i * 7 + index * 13) % 200) as u32)
+        .map(|i| ((i * 7 + index * 13 + set * 101) % 200) as u32)
         .collect();
     Ask::greedy_ids(ids, TOKENS)
 }
@@ -22,9 +27,20 @@ struct Outcome {
     failed: usize,
 }
 
+/// As [`under_load_of`], with the first set of requests.
+async fn under_load(
+    cluster: &mut Cluster,
+    reference: &[Answer],
+    delay: Duration,
+    strike: impl AsyncFnOnce(&mut Cluster) -> Result<()>,
+) -> Result<Outcome> {
+    under_load_of(0, cluster, reference, delay, strike).await
+}
+
 /// Runs eight streams, calls `strike` after `delay`, and judges every end: an answer equals the fault-free one, an error is
 /// retryable and came within 5 s of the strike.
-async fn under_load(
+async fn under_load_of(
+    set: usize,
     cluster: &mut Cluster,
     reference: &[Answer],
     delay: Duration,
@@ -34,7 +50,7 @@ async fn under_load(
     let mut running = JoinSet::new();
     for index in 0..STREAMS {
         let client = client.clone();
-        running.spawn(async move { (index, ask(&client, &request(index)).await, Instant::now()) });
+        running.spawn(async move { (index, ask(&client, &request_of(set, index)).await, Instant::now()) });
     }
     tokio::time::sleep(delay).await; // the moment of the fault, not a wait for something
     strike(cluster).await?;
@@ -69,10 +85,14 @@ async fn under_load(
 }
 
 async fn fault_free(cluster: &Cluster) -> Result<Vec<Answer>> {
+    fault_free_of(0, cluster).await
+}
+
+async fn fault_free_of(set: usize, cluster: &Cluster) -> Result<Vec<Answer>> {
     let client = cluster.client().await?;
     let mut answers = Vec::new();
     for index in 0..STREAMS {
-        answers.push(ask(&client, &request(index)).await??);
+        answers.push(ask(&client, &request_of(set, index)).await??);
     }
     Ok(answers)
 }
@@ -106,6 +126,51 @@ async fn a_killed_node_costs_no_answer_and_rejoins() -> Result<()> {
         let client = cluster.client().await?;
         ensure!(ask(&client, &request(0)).await??.tokens == reference[0].tokens);
         cluster.wait_idle(Duration::from_secs(20)).await?;
+    }
+    Ok(())
+}
+
+/// Nothing can keep a stopped process from writing later through the memory that it shares: what it was promised stays away
+/// from everybody until it runs on, and that is never much.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefill_node_that_stands_still_over_shm_costs_no_answer_and_few_blocks() -> Result<()> {
+    let repetitions = if long_campaign() { 20 } else { 2 };
+    let mut references = Vec::new();
+    {
+        let undisturbed = Cluster::start(ClusterOptions::colocated(MODEL)).await?;
+        for set in 1..=repetitions {
+            references.push((set, fault_free_of(set, &undisturbed).await?));
+        }
+    }
+    let options = ClusterOptions {
+        prefill: 2,
+        decode: 2,
+        ..ClusterOptions::pair(MODEL)
+    };
+    let mut cluster = Cluster::start(options.node_flags(&["--transports", "shm"])).await?;
+    for (set, reference) in references {
+        let delay = Duration::from_millis((40 + set as u64 * 67) % 500);
+        let strike = async |cluster: &mut Cluster| cluster.prefill[0].signal("STOP").await;
+        let outcome = under_load_of(set, &mut cluster, &reference, delay, strike).await?;
+        ensure!(
+            outcome.failed == 0,
+            "a spare prefill node was there, yet {} failed after {delay:?}",
+            outcome.failed
+        );
+        let mut away = 0;
+        for node in cluster.status().await?.nodes {
+            let blocks = node.load.and_then(|load| load.blocks).unwrap_or_default();
+            ensure!(
+                blocks.quarantined <= blocks.total / 4,
+                "{}: {blocks:?} while one writer stands still",
+                node.node_id
+            );
+            away += blocks.quarantined;
+        }
+        cluster.prefill[0].signal("CONT").await?;
+        cluster.wait_listed().await?;
+        cluster.wait_idle(Duration::from_secs(20)).await?;
+        println!("stopped after {delay:?}: {away} blocks in quarantine, all back");
     }
     Ok(())
 }
