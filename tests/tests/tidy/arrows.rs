@@ -96,9 +96,11 @@ const BENCH: &[&str] = &[
 ];
 
 /// What tests of a package may use beyond that: none of it is in what is built.
-const TESTS_MAY_USE: [(&str, &[&str]); 1] = [
+const TESTS_MAY_USE: [(&str, &[&str]); 2] = [
     // A hand-over has two ends.
     ("baton-decode-node", &["baton-prefill-node"]),
+    // Simulated nodes have the real block pool.
+    ("baton-coordinator", &["baton-engine"]),
 ];
 
 /// Outside packages that only these of ours may name.

@@ -1,6 +1,6 @@
 //! Streams through the coordinator and straight from the node, and what the difference is.
 
-use crate::Arguments;
+use crate::arguments::Arguments;
 use crate::echo_node::{EchoNode, prompt_of};
 use anyhow::{Context, Result, ensure};
 use baton_node_runtime::announce::Announcement;

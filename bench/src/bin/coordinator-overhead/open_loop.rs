@@ -1,7 +1,7 @@
 //! Requests that come at a fixed rate, whatever became of those before, through the coordinator and straight to the node by
 //! turns: what the coordinator adds to a request's first token and to its last.
 
-use crate::Arguments;
+use crate::arguments::Arguments;
 use crate::echo_node::EchoNode;
 use crate::measure::{Coordinator, Received, connect, median, percentile, straight, through};
 use anyhow::{Context, Result, ensure};

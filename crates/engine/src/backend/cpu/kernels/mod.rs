@@ -14,6 +14,7 @@ mod matmul;
 mod neon;
 mod portable;
 mod simd;
+mod stored;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]
