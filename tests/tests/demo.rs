@@ -38,9 +38,10 @@ async fn demo_answers_through_three_processes_and_ends() -> Result<()> {
     ensure!(output.status.success(), "{out}\n{err}");
     let last: Value = serde_json::from_str(out.lines().last().context("it printed something")?)?;
     let text = last["text"].as_str().context("text")?;
-    // Which words a model of this size chooses depends on the arithmetic; that it is about the matter does not.
-    let is_about_it = ["sky", "light"].iter().any(|word| text.to_lowercase().contains(word));
-    ensure!(is_about_it && !text.contains('\u{fffd}'), "unlikely answer: {text}");
+    ensure!(
+        text.to_lowercase().contains("light") && !text.contains('\u{fffd}'),
+        "unlikely answer: {text}"
+    );
     ensure!(
         last["completion_tokens"].as_u64() == Some(24) && last["finish_reason"] == "length",
         "{last}"
