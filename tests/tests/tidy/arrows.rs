@@ -5,7 +5,7 @@ use super::source::{lines_with, sources};
 use super::workspace::{Package, packages};
 
 /// What each of our packages may use of our own. An arrow points down only: a row names packages of rows above it.
-const MAY_USE: [(&str, &[&str]); 17] = [
+const MAY_USE: [(&str, &[&str]); 18] = [
     ("baton-types", &[]),
     ("baton-gguf", &[]),
     ("baton-node-runtime", &["baton-types"]),
@@ -14,6 +14,7 @@ const MAY_USE: [(&str, &[&str]); 17] = [
     ("baton-text", &["baton-types", "baton-gguf"]),
     ("baton-scheduling", &["baton-types"]),
     ("baton-planner", &["baton-types", "baton-scheduling"]),
+    ("baton-load", &["baton-planner", "baton-proto"]),
     ("baton-cluster-state", &["baton-types", "baton-node-runtime"]),
     ("baton-kv-transfer", &["baton-types", "baton-node-runtime"]),
     (
@@ -71,6 +72,7 @@ const ALL: &[&str] = &[
     "baton-cluster-state",
     "baton-kv-transfer",
     "baton-planner",
+    "baton-load",
     "baton-node-host",
     "baton-prefill-node",
     "baton-decode-node",
@@ -88,6 +90,7 @@ const BENCH: &[&str] = &[
     "baton-cluster-state",
     "baton-kv-transfer",
     "baton-planner",
+    "baton-load",
     "baton-node-host",
     "baton-prefill-node",
     "baton-decode-node",

@@ -39,7 +39,8 @@ impl Served {
         (self.tokens > 1).then(|| Nanos(e2e.saturating_sub(ttft).0 / u64::from(self.tokens - 1)))
     }
 
-    fn judge(&mut self, slo: &Slo) {
+    /// Says whether it is good.
+    pub fn judge(&mut self, slo: &Slo) {
         let within = |clause: &Clause| match clause.metric {
             Metric::Ttft => self.ttft.is_some_and(|time| time <= clause.bound),
             Metric::E2e => self.e2e.is_some_and(|time| time <= clause.bound),
