@@ -5,12 +5,11 @@
 
 mod nanos;
 pub mod profile;
+pub mod report;
 pub mod search;
-
 pub mod sim;
 pub mod slo;
 pub mod stats;
-
 pub mod workload;
 
 pub use baton_scheduling::Policy;

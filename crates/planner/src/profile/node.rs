@@ -103,6 +103,12 @@ impl NodeModel {
         self.handover.at(bytes as f64, 0.0, ["handover.bytes", "handover"])
     }
 
+    /// Tokens of a prompt and its answer that the profile covers in any case.
+    pub fn context_max(&self) -> f64 {
+        let last = |axis: &[f64]| axis.last().copied().unwrap_or(0.0);
+        last(&self.prefill.y).min(last(&self.decode.y))
+    }
+
     /// KV blocks of so many tokens.
     pub fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.block_tokens)

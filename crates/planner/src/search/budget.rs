@@ -1,10 +1,13 @@
-//! The best division of a number of nodes: the one that keeps the SLO at the highest rate.
+//! The best division of some nodes: the one that keeps the SLO at the highest rate.
 
-use super::trial::{Split, Trials};
-use super::{PlanError, RateMatch, parallel};
+use super::trial::Trials;
+use super::{Matched, PlanError, Split, parallel};
 
 /// Rates are found within this share.
 pub(super) const PRECISION: f64 = 0.02;
+
+/// Divisions that are simulated, at most: of more, those that carry the most by means.
+const SPLITS_MAX: usize = 1100;
 
 /// A division, and the highest rate at which it keeps the SLO.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,21 +18,16 @@ pub struct Found {
     pub rate: f64,
 }
 
-/// All divisions of so many nodes, among them the one without prefill nodes: every node does both.
-pub(super) fn splits(nodes: usize) -> Vec<Split> {
-    (0..nodes)
-        .map(|prefill| Split {
-            prefill,
-            decode: nodes - prefill,
-        })
-        .collect()
-}
-
-/// The best of all divisions; none where the SLO is kept by none at any rate that was tried.
-pub(super) fn best(trials: &Trials<'_>, matched: &RateMatch, nodes: usize) -> Result<Option<Found>, PlanError> {
-    let (prefill, decode) = matched.best(nodes);
-    let seed = Split { prefill, decode };
-    let all = splits(nodes);
+/// The best of all these divisions; none where the SLO is kept by none at any rate that was tried.
+pub(super) fn best(trials: &Trials<'_>, matched: &Matched, mut all: Vec<Split>) -> Result<Option<Found>, PlanError> {
+    if all.len() > SPLITS_MAX {
+        all.sort_by(|a, b| matched.rate(b).total_cmp(&matched.rate(a)));
+        all.truncate(SPLITS_MAX);
+        all.sort_unstable();
+    }
+    let Some(seed) = matched.best(&all) else {
+        return Ok(None);
+    };
     let Some(mut best) = begin(trials, matched, seed, &all)? else {
         return Ok(None);
     };
@@ -54,8 +52,8 @@ pub(super) fn best(trials: &Trials<'_>, matched: &RateMatch, nodes: usize) -> Re
 }
 
 /// Some division that keeps the SLO at some rate: the matched one, or else any.
-fn begin(trials: &Trials<'_>, matched: &RateMatch, seed: Split, all: &[Split]) -> Result<Option<Found>, PlanError> {
-    let high = matched.rate(seed.prefill, seed.decode) * 1.2;
+fn begin(trials: &Trials<'_>, matched: &Matched, seed: Split, all: &[Split]) -> Result<Option<Found>, PlanError> {
+    let high = matched.rate(&seed) * 1.2;
     if let Some(rate) = trials.first_met(seed, high)? {
         return Ok(Some(Found { split: seed, rate }));
     }

@@ -1,6 +1,7 @@
 //! Rate matching: how many requests per second one prefill node computes on average, and how many one decode node decodes within
 //! the bounds. It knows means only: no queues, no variance, no bursts. A place to begin, and an explanation; never the answer.
 
+use super::{NodeClass, Side, Split};
 use crate::profile::{NodeModel, OutOfRange};
 use crate::slo::{Metric, Slo};
 use crate::workload::Workload;
@@ -86,6 +87,66 @@ impl RateMatch {
     pub fn needed(&self, rate: f64) -> (usize, usize) {
         let count = |of: f64| ((rate / of).ceil() as usize).max(1);
         (count(self.prefill_rate), count(self.decode_rate))
+    }
+}
+
+/// Rate matching for each class of nodes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matched {
+    /// In the order of the classes; none where not even one sequence keeps to the bounds on such a node.
+    pub classes: Vec<Option<RateMatch>>,
+}
+
+impl Matched {
+    /// For these classes.
+    ///
+    /// # Errors
+    /// Where the workload is outside a profile.
+    pub fn of(workload: &Workload, classes: &[NodeClass], slo: &Slo) -> Result<Self, OutOfRange> {
+        let each = |class: &NodeClass| RateMatch::of(workload, &class.node, slo);
+        let classes = classes.iter().map(each).collect::<Result<_, _>>()?;
+        Ok(Self { classes })
+    }
+
+    /// Requests per second of one node of this class on this side.
+    pub fn node_rate(&self, class: usize, side: Side) -> f64 {
+        let matched = self.classes.get(class).copied().flatten();
+        matched.map_or(0.0, |matched| match side {
+            Side::Prefill => matched.prefill_rate,
+            Side::Decode => matched.decode_rate,
+        })
+    }
+
+    /// Requests per second of this side's nodes.
+    pub fn side_rate(&self, split: &Split, side: Side) -> f64 {
+        let of = |class| split.count(class, side) as f64 * self.node_rate(class, side);
+        (0..self.classes.len()).map(of).sum()
+    }
+
+    /// Requests per second of these nodes, where each side does its own work alone.
+    pub fn rate(&self, split: &Split) -> f64 {
+        self.side_rate(split, Side::Prefill)
+            .min(self.side_rate(split, Side::Decode))
+    }
+
+    /// The same where decode nodes may also do both alone.
+    pub fn rate_at_most(&self, split: &Split) -> f64 {
+        let both = |class| {
+            let [prefill, decode] = [Side::Prefill, Side::Decode].map(|side| self.node_rate(class, side));
+            let alone = if decode > 0.0 {
+                1.0 / (1.0 / prefill + 1.0 / decode)
+            } else {
+                0.0
+            };
+            split.count(class, Side::Decode) as f64 * alone
+        };
+        self.rate(split).max((0..self.classes.len()).map(both).sum())
+    }
+
+    /// The best of these divisions, by means; none where none has nodes of both sides that keep to the bounds.
+    pub fn best(&self, all: &[Split]) -> Option<Split> {
+        let best = all.iter().max_by(|a, b| self.rate(a).total_cmp(&self.rate(b)));
+        best.copied().filter(|best| self.rate(best) > 0.0)
     }
 }
 

@@ -1,35 +1,42 @@
 //! The plan: what to run, how sure that is, what limits it, and what it costs when the mix shifts.
 
-use super::budget::{self, splits};
-use super::trial::{Question, Split, Trials};
-use super::{Limit, PlanError, RateMatch, demand, parallel};
+use super::bottleneck::{Bottleneck, bottleneck};
+use super::budget::{self, Found};
+use super::regret::{Regret, regrets};
+use super::split::{CLASSES_MAX, Within, splits};
+use super::trial::{Question, Trials};
+use super::{Matched, PlanError, Split, demand, parallel};
 use crate::sim::{Outcome, SimError};
-use crate::slo::{Clause, Metric, Slo};
+use crate::slo::Slo;
 use crate::stats::{self, Interval, Verdict};
-use crate::workload::WorkloadError;
 
 /// What is given.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Given {
     /// So many nodes: which division serves the most?
     Nodes(usize),
+    /// All nodes that the classes have: which division serves the most?
+    All,
     /// So many requests per second: which nodes are the cheapest?
     Rate(f64),
 }
 
-/// What nodes cost per hour, in any currency.
+/// What a node costs per hour, in any currency.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Prices {
-    /// One prefill node.
+    /// As a prefill node.
     pub prefill: f64,
-    /// One decode node.
+    /// As a decode node.
     pub decode: f64,
 }
 
 impl Prices {
-    /// Of all nodes.
-    pub fn per_hour(&self, split: Split) -> f64 {
-        split.prefill as f64 * self.prefill + split.decode as f64 * self.decode
+    /// The same on both sides.
+    pub fn both(cost: f64) -> Self {
+        Self {
+            prefill: cost,
+            decode: cost,
+        }
     }
 }
 
@@ -42,28 +49,10 @@ pub struct Rival {
     pub goodput: Option<f64>,
     /// Share of the values within each bound, in the order of the clauses.
     pub attainment: Vec<f64>,
+    /// Every percentile is within its bound.
+    pub meets: bool,
     /// Whether the plan serves more good requests.
     pub beaten: Verdict,
-}
-
-/// What becomes of the plan when the mix shifts.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Regret {
-    /// What shifts, such as `input x2`.
-    pub shift: &'static str,
-    /// The plan's goodput then, and that of the best division of as many nodes; or why that is not known.
-    pub outcome: Result<(f64, Split, f64), String>,
-}
-
-/// What limits the plan.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Bottleneck {
-    /// In a word.
-    pub name: &'static str,
-    /// The clause that breaks first under more load.
-    pub clause: Option<Clause>,
-    /// Rates with one more prefill node, and with one more decode node.
-    pub with_one_more: [f64; 2],
 }
 
 /// The plan.
@@ -78,8 +67,8 @@ pub struct Plan {
     /// What the simulation gave.
     pub outcome: Outcome,
     /// By means.
-    pub matched: RateMatch,
-    /// Other divisions of as many nodes, in the order of their prefill nodes.
+    pub matched: Matched,
+    /// Other divisions of the same nodes, in the order of their prefill nodes; with many, the nearest.
     pub rivals: Vec<Rival>,
     /// What limits it.
     pub bottleneck: Bottleneck,
@@ -89,68 +78,102 @@ pub struct Plan {
     pub simulations: usize,
 }
 
+/// What could be instead of what was asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Nearest {
+    /// With next to no load these bounds are kept, and no stricter ones.
+    Slo(Slo),
+    /// The SLO is kept at so many requests per second, by these nodes, and not at more.
+    Rate(f64, Split),
+}
+
 /// A plan, or what could be promised instead.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
     /// The SLO can be kept.
     Feasible(Box<Plan>),
-    /// It cannot, at any load that was tried. With next to no load these bounds could be.
+    /// It cannot.
     Infeasible {
-        /// The same clauses with bounds that are kept.
-        nearest: Slo,
+        /// What can.
+        nearest: Nearest,
     },
 }
 
-/// Divisions for which a shift is simulated, at most.
-const SHIFT_SPLITS: usize = 12;
+/// Other divisions that the plan is compared with, at most.
+const RIVALS_MAX: usize = 128;
 
 /// Finds the plan. `progress` is called with the number of simulations begun.
 ///
 /// # Errors
 /// Where the workload is outside the profile, or there is nothing to plan.
-pub fn plan(
-    question: &Question,
-    given: Given,
-    prices: Prices,
-    progress: &(dyn Fn(usize) + Sync),
-) -> Result<Answer, PlanError> {
+pub fn plan(question: &Question, given: Given, progress: &(dyn Fn(usize) + Sync)) -> Result<Answer, PlanError> {
     if question.workload.rate() <= 0.0 {
         return Err(PlanError::NoDuration);
     }
+    question.check(given)?;
     let trials = Trials::new(question, progress);
-    let Some(matched) = RateMatch::of(&question.workload, &question.decode, &question.slo)? else {
-        return infeasible(&trials, Split { prefill: 1, decode: 1 });
-    };
+    let matched = Matched::of(&question.workload, &question.classes, &question.slo)?;
+    let classes = &question.classes;
     let found = match given {
-        Given::Nodes(nodes) if nodes < 2 => return Err(PlanError::Budget { nodes }),
-        Given::Nodes(nodes) => budget::best(&trials, &matched, nodes)?.map(|found| (found.split, found.rate)),
-        Given::Rate(rate) => demand::cheapest(&trials, &matched, rate, prices)?.map(|split| (split, rate)),
+        Given::Nodes(nodes) => budget::best(&trials, &matched, splits(classes, Within::Nodes(nodes)))?,
+        Given::All => budget::best(&trials, &matched, splits(classes, Within::All))?,
+        Given::Rate(rate) => demand::cheapest(&trials, &matched, rate)?.map(|split| Found { split, rate }),
     };
     match found {
-        Some((split, rate)) => explain(&trials, matched, split, rate).map(|plan| Answer::Feasible(Box::new(plan))),
-        None => infeasible(&trials, Split { prefill: 1, decode: 1 }),
+        Some(found) => explain(&trials, matched, found).map(|plan| Answer::Feasible(Box::new(plan))),
+        None => infeasible(&trials, &matched, given).map(|nearest| Answer::Infeasible { nearest }),
     }
 }
 
-/// What is kept with next to no load.
-fn infeasible(trials: &Trials<'_>, split: Split) -> Result<Answer, PlanError> {
+fn infeasible(trials: &Trials<'_>, matched: &Matched, given: Given) -> Result<Nearest, PlanError> {
+    let classes = &trials.question.classes;
+    if let Given::Rate(_) = given
+        && classes.iter().all(|class| class.count_max.is_some())
+        && let Some(found) = budget::best(trials, matched, splits(classes, Within::All))?
+    {
+        return Ok(Nearest::Rate(found.rate, found.split));
+    }
+    let mut all = splits(classes, Within::UpTo([[1; 2]; CLASSES_MAX]));
+    all.retain(|split| split.nodes() <= 2 && split.decode() == 1);
+    let mut best: Option<(f64, Slo)> = None;
+    let mut failed = None;
+    for split in all {
+        match kept(trials, split) {
+            Ok((excess, slo)) if best.as_ref().is_none_or(|(least, _)| excess < *least) => best = Some((excess, slo)),
+            Ok(_) => {}
+            Err(error) => failed = Some(error),
+        }
+    }
+    match (best, failed) {
+        (Some((_, slo)), _) => Ok(Nearest::Slo(slo)),
+        (None, Some(error)) => Err(error),
+        (None, None) => Err(PlanError::NoNodes),
+    }
+}
+
+/// The bounds that these nodes keep with next to no load, and how many times the given ones they are, multiplied.
+fn kept(trials: &Trials<'_>, split: Split) -> Result<(f64, Slo), PlanError> {
     let outcome = trials.outcome(split, trials.question.workload.rate() / 1000.0)?;
     let mut nearest = trials.question.slo.clone();
+    let mut excess = 1.0;
     for clause in &mut nearest.clauses {
         if let Some(time) = outcome.percentile(clause.metric, clause.share()) {
             // Up to the next of three digits.
             let unit = 10u64.pow(time.0.max(1).ilog10().saturating_sub(2));
-            clause.bound.0 = clause.bound.0.max((time.0 / unit + 1) * unit);
+            let bound = clause.bound.0.max((time.0 / unit + 1) * unit);
+            excess *= bound as f64 / clause.bound.0.max(1) as f64;
+            clause.bound.0 = bound;
         }
     }
-    Ok(Answer::Infeasible { nearest })
+    Ok((excess, nearest))
 }
 
 fn good(outcome: &Outcome) -> Vec<f64> {
     outcome.requests.iter().map(|r| f64::from(u8::from(r.good))).collect()
 }
 
-fn explain(trials: &Trials<'_>, matched: RateMatch, split: Split, rate: f64) -> Result<Plan, PlanError> {
+fn explain(trials: &Trials<'_>, matched: Matched, found: Found) -> Result<Plan, PlanError> {
+    let Found { split, rate } = found;
     let outcome = trials.outcome(split, rate)?;
     let chosen = good(&outcome);
     let offered = outcome.offered();
@@ -160,20 +183,33 @@ fn explain(trials: &Trials<'_>, matched: RateMatch, split: Split, rate: f64) -> 
         high: interval.high.min(1.0),
         ..interval
     };
-    let others = splits(split.prefill + split.decode);
+    let others = divisions(trials.question, split, RIVALS_MAX);
     let rivals = parallel::map(&others, |other| rival(trials, *other, rate, &chosen));
     let rivals = rivals.into_iter().collect::<Result<_, PlanError>>()?;
     Ok(Plan {
         split,
         rate,
         goodput: goodput.scaled(offered),
-        matched,
         rivals,
         bottleneck: bottleneck(trials, &matched, split, rate)?,
         regret: regrets(trials, split, rate)?,
         simulations: trials.count(),
+        matched,
         outcome,
     })
+}
+
+/// All divisions of as many nodes of each class, itself among them; of more than `most`, the nearest.
+pub(super) fn divisions(question: &Question, split: Split, most: usize) -> Vec<Split> {
+    let mut classes = question.classes.clone();
+    for (index, class) in classes.iter_mut().enumerate() {
+        class.count_max = Some(split.of_class(index));
+    }
+    let mut all = splits(&classes, Within::All);
+    all.sort_by_key(|other| other.distance(&split));
+    all.truncate(most);
+    all.sort_by_key(|other| (other.prefill(), *other));
+    all
 }
 
 fn rival(trials: &Trials<'_>, split: Split, rate: f64, chosen: &[f64]) -> Result<Rival, PlanError> {
@@ -184,92 +220,18 @@ fn rival(trials: &Trials<'_>, split: Split, rate: f64, chosen: &[f64]) -> Result
                 split,
                 goodput: None,
                 attainment: Vec::new(),
+                meets: false,
                 beaten: Verdict::CannotTell,
             });
         }
         Err(error) => return Err(error),
     };
-    let clauses = &trials.question.slo.clauses;
+    let slo = &trials.question.slo;
     Ok(Rival {
         split,
         goodput: Some(outcome.goodput()),
-        attainment: clauses.iter().map(|clause| outcome.attainment(clause)).collect(),
+        attainment: slo.clauses.iter().map(|clause| outcome.attainment(clause)).collect(),
+        meets: outcome.meets(slo),
         beaten: stats::beats(chosen, &good(&outcome)),
     })
-}
-
-fn bottleneck(trials: &Trials<'_>, matched: &RateMatch, split: Split, rate: f64) -> Result<Bottleneck, PlanError> {
-    let [more_prefill, more_decode] = [(1, 0), (0, 1)].map(|(prefill, decode)| Split {
-        prefill: split.prefill + prefill,
-        decode: split.decode + decode,
-    });
-    let highest = |split| match trials.meets(split, rate)? {
-        true => trials.highest(split, rate, budget::PRECISION),
-        false => Ok::<f64, PlanError>(0.0),
-    };
-    let rates = parallel::map(&[more_prefill, more_decode], |split| highest(*split));
-    let rates: Vec<f64> = rates.into_iter().collect::<Result<_, _>>()?;
-    // A bit more than it can carry shows what breaks.
-    let slo = &trials.question.slo;
-    let over = trials.outcome(split, rate * 1.15).ok();
-    let missing = |clause: &&Clause| {
-        over.as_ref()
-            .map_or(0.0, |over| clause.share() - over.attainment(clause))
-    };
-    let clause = slo
-        .clauses
-        .iter()
-        .max_by(|a, b| missing(a).total_cmp(&missing(b)))
-        .copied();
-    let kv = over.as_ref().is_some_and(|over| {
-        over.nodes[over.prefill_nodes..]
-            .iter()
-            .any(|used| used.preemptions > 0 || used.kv_peak > 0.98)
-    });
-    let name = match clause.map(|clause| clause.metric) {
-        _ if rates[1] > rates[0] && kv => "decode KV capacity",
-        _ if rates[1] > rates[0] => "decode",
-        Some(Metric::Itl | Metric::Tpot) if split.prefill == 0 || matched.limit == Limit::StepTime => {
-            "prefill stalls decoding"
-        }
-        _ => "prefill",
-    };
-    Ok(Bottleneck {
-        name,
-        clause,
-        with_one_more: [rates[0], rates[1]],
-    })
-}
-
-fn regrets(trials: &Trials<'_>, split: Split, rate: f64) -> Result<Vec<Regret>, PlanError> {
-    type Shift = fn(&mut Question) -> Result<f64, WorkloadError>;
-    let shifts: [(&'static str, Shift); 3] = [
-        ("input x2", |q| q.workload.longer_inputs(2.0).map(|()| 1.0)),
-        ("output x2", |q| q.workload.longer_outputs(2.0).map(|()| 1.0)),
-        ("rate x1.5", |_| Ok(1.5)),
-    ];
-    let mut all = splits(split.prefill + split.decode);
-    let every = all.len().div_ceil(SHIFT_SPLITS);
-    all.retain(|other| *other == split || other.prefill % every == 0);
-    let mut regrets = Vec::new();
-    for (shift, change) in shifts {
-        let mut question = trials.question.clone();
-        let faster = change(&mut question)?;
-        let shifted = Trials::new(&question, &|_| {});
-        let goodput = |split: &Split| shifted.outcome(*split, rate * faster).map(|outcome| outcome.goodput());
-        let ours = goodput(&split);
-        let others = parallel::map(&all, goodput);
-        let best = all
-            .iter()
-            .zip(others)
-            .filter_map(|(split, goodput)| Some((*split, goodput.ok()?)));
-        let best = best.max_by(|a, b| a.1.total_cmp(&b.1));
-        let outcome = match (ours, best) {
-            (Ok(ours), Some((split, best))) => Ok((ours, split, best)),
-            (Err(error), _) => Err(error.to_string()),
-            (Ok(_), None) => Err("no division could be simulated".to_owned()),
-        };
-        regrets.push(Regret { shift, outcome });
-    }
-    Ok(regrets)
 }

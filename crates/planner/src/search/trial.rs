@@ -1,7 +1,7 @@
 //! One cluster under one load, simulated; all trials of a search see the same requests.
 
-use super::PlanError;
-use crate::profile::NodeModel;
+use super::split::CLASSES_MAX;
+use super::{Given, NodeClass, PlanError, Side, Split};
 use crate::sim::{Outcome, SimError, SimOptions, simulate};
 use crate::slo::Slo;
 use crate::workload::Workload;
@@ -12,34 +12,53 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// A rate so many times the first one is not exceeded: a short trace may keep a lax SLO at any.
 const RATES_MAX: f64 = 1e4;
 
-/// So many nodes of each side.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Split {
-    /// Prefill nodes.
-    pub prefill: usize,
-    /// Decode nodes.
-    pub decode: usize,
-}
-
-impl std::fmt::Display for Split {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}P+{}D", self.prefill, self.decode)
-    }
-}
-
 /// What is planned for: the same for all trials.
 #[derive(Debug, Clone)]
 pub struct Question {
     /// The requests.
     pub workload: Workload,
-    /// Prefill nodes.
-    pub prefill: Arc<NodeModel>,
-    /// Decode nodes.
-    pub decode: Arc<NodeModel>,
+    /// Kinds of nodes that there may be.
+    pub classes: Vec<NodeClass>,
     /// What is promised.
     pub slo: Slo,
     /// How the coordinator chooses.
     pub policy: Policy,
+}
+
+impl Question {
+    /// That its nodes can serve together, and that what is given says how many there are.
+    pub(super) fn check(&self, given: Given) -> Result<(), PlanError> {
+        let count = self.classes.len();
+        if !(1..=CLASSES_MAX).contains(&count) {
+            return Err(PlanError::Classes {
+                count,
+                most: CLASSES_MAX,
+            });
+        }
+        let first = &self.classes[0];
+        for other in &self.classes[1..] {
+            let (a, b) = (&first.node, &other.node);
+            let differs = |what: &str, a: u64, b: u64| (a != b).then(|| format!("{what} of {a} and {b}"));
+            let why = differs("block_tokens", a.block_tokens.into(), b.block_tokens.into())
+                .or_else(|| differs("bytes of a KV block", a.block_bytes, b.block_bytes))
+                .or_else(|| differs("layers", a.layers.into(), b.layers.into()));
+            if let Some(why) = why {
+                let (one, other) = (first.name.clone(), other.name.clone());
+                return Err(PlanError::Unlike { one, other, why });
+            }
+        }
+        if !self.classes.iter().any(|class| class.decode) {
+            return Err(PlanError::NoNodes);
+        }
+        let unbounded = self.classes.iter().find(|class| class.count_max.is_none());
+        match (given, unbounded) {
+            (Given::Nodes(nodes), _) if nodes < 2 => Err(PlanError::Budget { nodes }),
+            (Given::All, Some(class)) => Err(PlanError::Unbounded {
+                class: class.name.clone(),
+            }),
+            (Given::Nodes(_) | Given::All | Given::Rate(_), _) => Ok(()),
+        }
+    }
 }
 
 /// Runs trials, and remembers whether each met the SLO.
@@ -78,9 +97,15 @@ impl<'a> Trials<'a> {
     }
 
     fn options(&self, split: Split, give_up: bool) -> SimOptions {
-        let mut options = SimOptions::new(&self.question.prefill, split.prefill, 0, self.question.slo.clone());
-        options.decode = vec![Arc::clone(&self.question.decode); split.decode];
-        (options.policy, options.give_up) = (self.question.policy, give_up);
+        let question = self.question;
+        let nodes = |side| {
+            let classes = question.classes.iter().enumerate();
+            classes.flat_map(move |(class, of)| std::iter::repeat_n(Arc::clone(&of.node), split.count(class, side)))
+        };
+        let mut options = SimOptions::new(&question.classes[0].node, 0, 0, question.slo.clone());
+        options.prefill = nodes(Side::Prefill).collect();
+        options.decode = nodes(Side::Decode).collect();
+        (options.policy, options.give_up) = (question.policy, give_up);
         options
     }
 

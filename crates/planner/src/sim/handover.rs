@@ -6,6 +6,7 @@ use super::event::Event;
 use crate::Nanos;
 use crate::profile::OutOfRange;
 use baton_types::Instance;
+use std::sync::Arc;
 
 impl Cluster<'_> {
     /// The first chunk is computed now: the decode node is asked for blocks.
@@ -90,7 +91,14 @@ impl Cluster<'_> {
             journey.pushed_until = journey.pushed_until.max(now);
             return Ok(());
         }
-        let whole = Nanos::from_seconds(model.handover(u64::from(blocks) * model.block_bytes)?);
+        // The slower of the two ends.
+        let bytes = u64::from(blocks) * model.block_bytes;
+        let receiver = &self.engines[d].model;
+        let mut seconds = model.handover(bytes)?;
+        if !Arc::ptr_eq(model, receiver) {
+            seconds = seconds.max(receiver.handover(bytes)?);
+        }
+        let whole = Nanos::from_seconds(seconds);
         let layer = Nanos(whole.0 / u64::from(model.layers.max(1)));
         let ready = if last {
             now.saturating_sub(Nanos(

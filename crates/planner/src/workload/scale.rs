@@ -98,6 +98,22 @@ impl Workload {
         Ok(())
     }
 
+    /// Cuts prompts such that each and its answer have at most so many tokens; gives how many were longer.
+    pub fn cut_inputs(&mut self, tokens_max: u32) -> usize {
+        let mut cut = 0;
+        for request in &mut self.requests {
+            let most = tokens_max.saturating_sub(request.output).max(1);
+            if request.input > most {
+                request.input = most;
+                if let Some(tokens) = self.block_tokens {
+                    request.blocks = request.blocks.min(most / tokens);
+                }
+                cut += 1;
+            }
+        }
+        cut
+    }
+
     /// Only the first so many.
     pub fn first(&mut self, requests: usize) {
         self.requests.truncate(requests);

@@ -5,4 +5,5 @@
 mod plain;
 mod planning;
 mod properties;
+mod report;
 mod truths;

@@ -1,11 +1,12 @@
 //! The flags, and what they lead to.
 
 use super::given::{Budget, PriceList, parse_rate};
-use super::{json, print};
+use super::{nodes, print};
 use anyhow::{Context, Result, bail, ensure};
 use baton_planner::Policy;
 use baton_planner::profile::{NodeModel, Profile, estimate, gpu, model};
-use baton_planner::search::{Answer, Given, Prices, Question, plan};
+use baton_planner::report::{self, About};
+use baton_planner::search::{Answer, Given, NodeClass, Prices, Question, plan};
 use baton_planner::slo::Slo;
 use baton_planner::workload::{Spread, Workload, read};
 use std::io::Write as _;
@@ -25,13 +26,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug, clap::Args)]
 pub struct Plan {
     /// Profile of a node that serves the model, as JSON; instead of a built-in estimate
-    #[arg(long, value_name = "FILE", required_unless_present = "model")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["model", "nodes"], conflicts_with = "nodes")]
     profile: Option<PathBuf>,
     /// Model of a built-in estimate, such as llama-3.1-8b; with --profile, the model that it must be of
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// GPU of a built-in estimate, such as h100 [default: the one that --budget names, else h100]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "nodes")]
     gpu: Option<String>,
     /// Requests to plan for: Mooncake's JSON lines, or Azure's CSV
     #[arg(long, value_name = "FILE")]
@@ -43,7 +44,7 @@ pub struct Plan {
     #[arg(
         long,
         value_name = "COUNT[xGPU]",
-        required_unless_present = "rate",
+        required_unless_present_any = ["rate", "nodes"],
         conflicts_with = "rate"
     )]
     budget: Option<Budget>,
@@ -51,8 +52,12 @@ pub struct Plan {
     #[arg(long, value_name = "PER_SECOND", value_parser = parse_rate)]
     rate: Option<f64>,
     /// What a node costs per hour, in any currency [default: nodes cost alike, and cost_per_mtok is left out]
-    #[arg(long, value_name = "prefill=COST,decode=COST")]
+    #[arg(long, value_name = "prefill=COST,decode=COST", conflicts_with = "nodes")]
     price: Option<PriceList>,
+    /// Kinds of nodes that differ in speed and price, as TOML: [[nodes]] with price (per hour), gpu or profile, and perhaps
+    /// count, roles and name. With --rate the cheapest mix, with --budget the best of so many, alone the best use of all
+    #[arg(long, value_name = "FILE")]
+    nodes: Option<PathBuf>,
     /// Only the trace's first requests
     #[arg(long, value_name = "COUNT")]
     requests: Option<usize>,
@@ -68,41 +73,48 @@ pub struct Plan {
     /// Prints one line of JSON
     #[arg(long)]
     json: bool,
+    /// Writes the plan as one HTML page that needs no network, besides what is printed
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 impl Plan {
     /// Plans and prints. Fails where the SLO cannot be kept.
     pub fn run(self) -> Result<ExitCode> {
-        let profile = self.profile()?;
+        let (classes, profiles) = self.classes()?;
         let (workload, spread) = self.workload()?;
-        let node = Arc::new(NodeModel::new(&profile));
         let question = Question {
             workload,
-            prefill: Arc::clone(&node),
-            decode: node,
+            classes,
             slo: self.slo.clone(),
             policy: self.routing_policy,
         };
         let given = match (&self.budget, self.rate) {
             (Some(budget), _) => Given::Nodes(budget.nodes),
             (None, Some(rate)) => Given::Rate(rate),
-            (None, None) => bail!("either --budget or --rate is needed"),
+            (None, None) => Given::All,
         };
-        let alike = Prices {
-            prefill: 1.0,
-            decode: 1.0,
-        };
-        let prices = self.price.as_ref().map(|list| list.0);
-        let progress = progress();
-        let answer = plan(&question, given, prices.unwrap_or(alike), &progress)?;
-        let about = print::About {
-            profile: &profile,
+        // A page that cannot be written is known before minutes of planning.
+        let mut page = self.report.as_ref().map(|path| (path, std::fs::File::create(path)));
+        if let Some((path, Err(error))) = &page {
+            bail!("cannot write the report {}: {error}", path.display());
+        }
+        let answer = plan(&question, given, &progress())?;
+        let trace = self.trace.file_name().unwrap_or_default().to_string_lossy();
+        let about = About {
+            profiles: &profiles,
             question: &question,
+            given,
+            trace: &trace,
             spread,
-            prices,
+            priced: self.price.is_some() || self.nodes.is_some(),
         };
+        if let Some((path, Ok(file))) = &mut page {
+            file.write_all(report::html(&about, &answer).as_bytes())
+                .with_context(|| format!("write the report {}", path.display()))?;
+        }
         let text = if self.json {
-            json::line(&about, &answer)
+            report::value(&about, &answer).to_string()
         } else {
             print::text(&about, &answer)
         };
@@ -111,6 +123,23 @@ impl Plan {
             Answer::Feasible(_) => ExitCode::SUCCESS,
             Answer::Infeasible { .. } => ExitCode::FAILURE,
         })
+    }
+
+    fn classes(&self) -> Result<(Vec<NodeClass>, Vec<Profile>)> {
+        if let Some(path) = &self.nodes {
+            if let Some(gpu) = self.budget.as_ref().and_then(|budget| budget.gpu.as_ref()) {
+                bail!("--budget names {gpu}, but --nodes says which nodes there are: give the number alone");
+            }
+            return nodes::read(path, self.model.as_deref());
+        }
+        let profile = self.profile()?;
+        let alike = Prices::both(1.0);
+        let prices = self.price.as_ref().map_or(alike, |list| list.0);
+        let class = NodeClass {
+            name: profile.hardware.clone(),
+            ..NodeClass::new(&Arc::new(NodeModel::new(&profile)), prices)
+        };
+        Ok((vec![class], vec![profile]))
     }
 
     fn profile(&self) -> Result<Profile> {

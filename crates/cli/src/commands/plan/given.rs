@@ -47,9 +47,7 @@ impl FromStr for PriceList {
         for part in text.split(',') {
             let (name, cost) = part.split_once('=').ok_or_else(wrong)?;
             let cost: f64 = cost.trim().parse().map_err(|_| wrong())?;
-            if !(cost.is_finite() && cost > 0.0) {
-                return Err(wrong());
-            }
+            parse_cost(cost).map_err(|_| wrong())?;
             match name.trim() {
                 "prefill" => prefill = Some(cost),
                 "decode" => decode = Some(cost),
@@ -61,6 +59,14 @@ impl FromStr for PriceList {
             (_, _) => Err(wrong()),
         }
     }
+}
+
+/// What a node costs per hour.
+pub fn parse_cost(cost: f64) -> Result<f64, String> {
+    if cost.is_finite() && cost > 0.0 {
+        return Ok(cost);
+    }
+    Err(format!("{cost} is no cost per hour: expected a number above 0"))
 }
 
 /// Requests per second.

@@ -2,7 +2,7 @@
 
 mod command;
 mod given;
-mod json;
+mod nodes;
 mod print;
 
 pub use command::Plan;

@@ -1,18 +1,11 @@
 //! The plan for people.
 
-use baton_planner::profile::{Kind, Profile};
-use baton_planner::search::{Answer, Plan, Prices, Question};
+use baton_planner::profile::Kind;
+use baton_planner::report::{About, bottleneck, cost_per_mtok, fix, nearest};
+use baton_planner::search::{Answer, Plan};
 use baton_planner::slo::Metric;
 use baton_planner::workload::Spread;
 use std::fmt::Write as _;
-
-/// What was planned with.
-pub struct About<'a> {
-    pub profile: &'a Profile,
-    pub question: &'a Question,
-    pub spread: Spread,
-    pub prices: Option<Prices>,
-}
 
 /// Divisions shown on each side of the chosen one.
 const SHOWN: usize = 4;
@@ -20,15 +13,14 @@ const SHOWN: usize = 4;
 pub fn text(about: &About<'_>, answer: &Answer) -> String {
     let plan = match answer {
         Answer::Feasible(plan) => plan,
-        Answer::Infeasible { nearest } => {
-            return format!("infeasible: nearest feasible is --slo {nearest}, with next to no load");
-        }
+        Answer::Infeasible { nearest: instead } => return nearest(instead, &about.question.classes),
     };
+    let classes = &about.question.classes;
     let mut out = String::new();
     let _ = writeln!(
         out,
         "{}: {:.2} requests/s within the SLO (95%: {:.2} to {:.2}), of {:.2} that come",
-        plan.split,
+        plan.split.name(classes),
         plan.goodput.mid,
         plan.goodput.low,
         plan.goodput.high,
@@ -37,57 +29,93 @@ pub fn text(about: &About<'_>, answer: &Answer) -> String {
     basis(&mut out, about);
     times(&mut out, about, plan);
     rivals(&mut out, about, plan);
-    let _ = writeln!(out, "\nbottleneck: {}", bottleneck(plan));
-    let matched = &plan.matched;
-    let _ = writeln!(
-        out,
-        "by means:   a prefill node computes {:.2} requests/s, a decode node {:.2} ({} at once, {:.1} ms per step, bound by {:?})",
-        matched.prefill_rate,
-        matched.decode_rate,
-        matched.batch,
-        matched.step_s * 1e3,
-        matched.limit
-    );
-    for shifted in &plan.regret {
-        let _ = match &shifted.outcome {
-            Ok((ours, split, best)) => writeln!(
-                out,
-                "if {:<9} {ours:.2} requests/s; {split} would serve {best:.2}: regret {:.0}%",
-                format!("{}:", shifted.shift),
-                100.0 * regret(*ours, *best)
-            ),
-            Err(reason) => writeln!(out, "if {}: not known: {reason}", shifted.shift),
+    let _ = writeln!(out, "\nbottleneck: {}", bottleneck(plan, classes, about.priced));
+    for other in plan
+        .bottleneck
+        .fixes
+        .iter()
+        .skip(1)
+        .filter(|fix| fix.rate > plan.rate * 1.01)
+    {
+        let gain = 100.0 * (other.rate / plan.rate - 1.0);
+        let cost = match about.priced {
+            true => format!(" for {:.2} per hour", other.per_hour),
+            false => String::new(),
         };
+        let _ = writeln!(out, "            {} brings {gain:.0}%{cost}", fix(other, classes));
     }
-    if let Some(prices) = about.prices {
+    for (class, matched) in classes.iter().zip(&plan.matched.classes) {
+        let Some(matched) = matched else { continue };
+        let _ = writeln!(
+            out,
+            "by means:   a {} node computes {:.2} prompts/s, or decodes {:.2} answers/s ({} at once, {:.1} ms per step, bound by {:?})",
+            class.name,
+            matched.prefill_rate,
+            matched.decode_rate,
+            matched.batch,
+            matched.step_s * 1e3,
+            matched.limit
+        );
+    }
+    shifts(&mut out, about, plan);
+    if about.priced {
         let _ = writeln!(
             out,
             "cost:       {:.2} per hour, {:.3} per million tokens of answers within the SLO",
-            prices.per_hour(plan.split),
-            cost_per_mtok(plan, prices)
+            plan.split.per_hour(classes),
+            cost_per_mtok(plan, classes)
         );
     }
     let _ = writeln!(out, "{} simulations", plan.simulations);
     out
 }
 
+fn shifts(out: &mut String, about: &About<'_>, plan: &Plan) {
+    for regret in &plan.regret {
+        let _ = match &regret.outcome {
+            Ok(shifted) => {
+                let cut = match shifted.cut > 0.0 {
+                    true => format!(
+                        " ({:.1}% of the prompts cut to what the profile covers)",
+                        100.0 * shifted.cut
+                    ),
+                    false => String::new(),
+                };
+                writeln!(
+                    out,
+                    "if {:<9} {:.2} requests/s; {} would serve {:.2}: regret {:.0}%{cut}",
+                    format!("{}:", regret.shift),
+                    shifted.ours,
+                    shifted.best_split.name(&about.question.classes),
+                    shifted.best,
+                    100.0 * shifted.regret()
+                )
+            }
+            Err(reason) => writeln!(out, "if {}: not known: {reason}", regret.shift),
+        };
+    }
+}
+
 fn basis(out: &mut String, about: &About<'_>) {
-    let profile = about.profile;
-    let kind = match profile.kind {
-        Kind::Estimated => "ESTIMATED from data sheets, nobody ran it",
-        Kind::Measured => "measured",
-    };
-    let _ = writeln!(out, "profile:    {}: {kind}", profile.name);
-    let bars: Vec<String> = profile
-        .error_bars
-        .iter()
-        .map(|bar| format!("{} {:+.0}%", bar.metric, 100.0 * bar.error))
-        .collect();
-    let bars = match bars.is_empty() {
-        true => "none: no plan of this profile was compared with a cluster; the interval is of chance alone".to_owned(),
-        false => bars.join(", "),
-    };
-    let _ = writeln!(out, "error bar:  {bars}");
+    for profile in about.profiles {
+        let kind = match profile.kind {
+            Kind::Estimated => "ESTIMATED from data sheets, nobody ran it",
+            Kind::Measured => "measured",
+        };
+        let _ = writeln!(out, "profile:    {}: {kind}", profile.name);
+        let bars: Vec<String> = profile
+            .error_bars
+            .iter()
+            .map(|bar| format!("{} {:+.0}%", bar.metric, 100.0 * bar.error))
+            .collect();
+        let bars = match bars.is_empty() {
+            true => {
+                "none: no plan of this profile was compared with a cluster; the interval is of chance alone".to_owned()
+            }
+            false => bars.join(", "),
+        };
+        let _ = writeln!(out, "error bar:  {bars}");
+    }
     if let Spread::Ticks(tick) = about.spread {
         let _ = writeln!(
             out,
@@ -138,7 +166,7 @@ fn rivals(out: &mut String, about: &About<'_>, plan: &Plan) {
     let _ = writeln!(out, "\nat the same {:.2} requests/s:", plan.rate);
     for rival in &plan.rivals {
         let chosen = rival.split == plan.split;
-        if rival.split.prefill.abs_diff(plan.split.prefill) > SHOWN && rival.split.prefill != 0 {
+        if rival.split.prefill().abs_diff(plan.split.prefill()) > SHOWN && rival.split.prefill() != 0 {
             continue;
         }
         let shares: Vec<String> = about
@@ -156,47 +184,7 @@ fn rivals(out: &mut String, about: &About<'_>, plan: &Plan) {
             true => "chosen".to_owned(),
             false => format!("beaten: {}", rival.beaten.words()),
         };
-        let name = rival.split.to_string();
+        let name = rival.split.name(&about.question.classes);
         let _ = writeln!(out, "{name:>10} {goodput:>10}  {}  {verdict}", shares.join("  "));
     }
-}
-
-/// Share of the best goodput that is lost.
-pub fn regret(ours: f64, best: f64) -> f64 {
-    if best > 0.0 {
-        ((best - ours) / best).max(0.0)
-    } else {
-        0.0
-    }
-}
-
-/// In one sentence.
-pub fn bottleneck(plan: &Plan) -> String {
-    let bottleneck = &plan.bottleneck;
-    let breaks = bottleneck.clause.map_or(String::new(), |clause| {
-        format!(
-            "; under more load {}_p{} breaks first",
-            clause.metric.name(),
-            clause.per_mille / 10
-        )
-    });
-    let [prefill, decode] = bottleneck
-        .with_one_more
-        .map(|rate| 100.0 * (rate / plan.rate - 1.0).max(0.0));
-    let fix = if prefill.max(decode) < 1.0 {
-        "one more node of either kind brings less than 1%".to_owned()
-    } else if prefill >= decode {
-        format!("one more prefill node brings {prefill:.0}%, one more decode node {decode:.0}%")
-    } else {
-        format!("one more decode node brings {decode:.0}%, one more prefill node {prefill:.0}%")
-    };
-    format!("{}{breaks}; {fix}", bottleneck.name)
-}
-
-/// Cost of a million tokens of answers that were within the SLO.
-pub fn cost_per_mtok(plan: &Plan, prices: Prices) -> f64 {
-    let good = plan.outcome.requests.iter().filter(|request| request.good);
-    let tokens: f64 = good.map(|request| f64::from(request.tokens)).sum();
-    let per_second = tokens / plan.outcome.span.seconds().max(1e-9);
-    prices.per_hour(plan.split) / 3600.0 / per_second.max(1e-9) * 1e6
 }
