@@ -70,6 +70,7 @@ impl Progress {
                 table: Some(table),
                 prefill,
                 at,
+                ..
             } => {
                 self.token = Some(FirstToken {
                     drawn,

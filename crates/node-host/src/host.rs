@@ -1,7 +1,7 @@
 //! What a node has, whatever its role: identity, model facts, blocks, engine, endpoint, and whether it takes work.
 
 use crate::blocks::PoolBlocks;
-use crate::engine::{self, Ending, EngineHandle, EngineParts};
+use crate::engine::{self, Ending, EngineHandle, EngineParts, Speculation};
 use crate::errors::LastErrors;
 use crate::phase::{Phase, RoleRefused};
 use baton_engine::{Backend, BlockPool, ModelConfig};
@@ -43,6 +43,8 @@ pub struct NodeParts {
     pub limits: NodeLimits,
     /// The model.
     pub backend: Box<dyn Backend>,
+    /// Whether decoding sequences get drafts.
+    pub speculation: Speculation,
     /// Tokens that end a text beside those that the model's own configuration names (a chat template's, for one).
     pub eos_tokens: Vec<u32>,
     /// Memory of its KV.
@@ -110,6 +112,7 @@ impl Host {
             identity,
             limits,
             backend,
+            speculation,
             eos_tokens,
             arena,
             blocks,
@@ -134,6 +137,7 @@ impl Host {
             queue_capacity: limits.queue_capacity,
             running_max: limits.running_max,
             chunk_tokens: limits.chunk_tokens,
+            speculation,
             ending: ending.clone(),
             room_changed: Box::new(move || room.room_changed()),
         };

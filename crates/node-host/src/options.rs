@@ -1,5 +1,6 @@
 //! The flags of a node, whatever its role.
 
+use crate::engine::Speculation;
 use crate::error::BringUpError;
 use baton_cluster_state::{Credentials, LocationBudget, StoreAddress, StoreOptions};
 use baton_kv_transfer::{EndpointOptions, PathKind};
@@ -141,6 +142,16 @@ pub struct NodeOptions {
     /// Requests that may be computed at once [default: 32 on a prefill node, 256 on a decode node]
     #[arg(long, value_name = "COUNT", help_heading = "Scheduling")]
     pub running: Option<usize>,
+    /// Whether decoding sequences guess at the tokens to come from their own text, to draw several from one step; the same
+    /// tokens come out either way
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Scheduling"
+    )]
+    pub speculation: Speculation,
     /// A hand-over that makes no progress for this long gives its blocks back
     #[arg(
         long,

@@ -301,6 +301,7 @@ async fn come_up(
         identity,
         limits,
         backend,
+        speculation: options.speculation,
         eos_tokens: card.eos_tokens.clone(),
         arena: arena.view(),
         blocks,

@@ -3,6 +3,7 @@
 use baton_decode_node::DecodeRole;
 use baton_engine::{Backend, BlockPool, StubSpec, stub};
 use baton_kv_transfer::{Arena, Endpoint, EndpointOptions, Identity, PathKind};
+use baton_node_host::engine::Speculation;
 use baton_node_host::{EventStream, Host, NodeIdentity, NodeLimits, NodeParts, PoolBlocks, Role};
 use baton_node_runtime::{Clock, Supervisor};
 use baton_prefill_node::PrefillRole;
@@ -94,6 +95,7 @@ impl TestNode {
                 chunk_tokens: 32,
             },
             backend,
+            speculation: Speculation::Auto,
             eos_tokens: Vec::new(),
             arena: arena.view(),
             blocks,

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use super::interface::{Backend, Slice, StepObserver, StepOutput};
+use super::interface::{Backend, Slice, StepObserver, StepOutput, WantedLogits};
 use crate::error::StepError;
 use crate::model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 use baton_types::{ArenaView, BlockId, KvGeometry, ModelFingerprint, NumericsId};
@@ -261,7 +261,9 @@ impl Stub {
 
     /// What the script makes this step take.
     fn latency(&self, batch: &[Slice<'_>]) -> Duration {
-        let decodes = |slice: &&Slice<'_>| slice.tokens.len() == 1 && slice.start > 0;
+        // With a draft behind it, a decoding sequence's slice is longer, and wants the logits of each.
+        let decodes =
+            |slice: &&Slice<'_>| slice.start > 0 && (slice.tokens.len() == 1 || slice.logits == WantedLogits::All);
         let prompt: usize = batch
             .iter()
             .filter(|slice| !decodes(slice))
@@ -427,7 +429,7 @@ impl Backend for Stub {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::interface::{Unobserved, WantedLogits};
+    use crate::backend::interface::Unobserved;
     use baton_types::KvDtype;
     use std::ops::ControlFlow;
     use std::ptr::NonNull;

@@ -40,6 +40,13 @@ impl BlockTable {
         Ok(())
     }
 
+    /// Gives back the blocks behind the first `blocks`. The held ones stay.
+    pub fn shrink(&mut self, blocks: usize) {
+        let kept = blocks.max(self.held).min(self.blocks.len());
+        let given = self.blocks.split_off(kept);
+        self.pool.book().unpin(&given);
+    }
+
     /// Another table of some of these blocks, which stay as long as either names them. For reading only: none of them may be
     /// written any more. What of `ordinals` lies outside the table is left out.
     pub fn share(&self, ordinals: Range<usize>) -> Self {

@@ -23,6 +23,11 @@ impl Ending {
         }
     }
 
+    /// The longest sequence, in tokens.
+    pub fn context_tokens(&self) -> usize {
+        self.context_tokens
+    }
+
     /// Whether `token`, number `index` among the generated ones and preceded by `before` tokens in all, is the last.
     pub fn finish(&self, sampling: &SamplingParams, before: usize, index: u32, token: u32) -> Option<FinishReason> {
         if !sampling.ignore_eos && self.eos_tokens.contains(&token) {

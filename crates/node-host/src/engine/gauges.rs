@@ -51,20 +51,30 @@ impl Gauges {
         metrics::gauge!("baton_node_running_requests").set(running as f64);
     }
 
-    /// A step of `prompt` prompt tokens and `decoded` decoding sequences took `took`. A mixed step says little about
-    /// either, so that only pure ones count.
-    pub fn step_took(&self, prompt: usize, decoded: usize, took: Duration) {
+    /// Of `drafted` draft tokens, `right` were.
+    pub fn drafted(&self, drafted: usize, right: usize) {
+        if drafted > 0 {
+            metrics::counter!("baton_node_draft_tokens_total").increment(drafted as u64);
+            metrics::counter!("baton_node_draft_tokens_accepted_total").increment(right as u64);
+        }
+    }
+
+    /// A step of `prompt` prompt tokens and of `decoding` sequences, for which `drawn` tokens were drawn, took `took`. A mixed
+    /// step says little about either, so that only pure ones count. Where several tokens were drawn from one step, its time
+    /// counts by what a token took.
+    pub fn step_took(&self, prompt: usize, (decoding, drawn): (usize, usize), took: Duration) {
         metrics::histogram!("baton_node_step_seconds").record(took.as_secs_f64());
         metrics::counter!("baton_node_prefill_tokens_total").increment(prompt as u64);
-        metrics::counter!("baton_node_decode_tokens_total").increment(decoded as u64);
+        metrics::counter!("baton_node_decode_tokens_total").increment(drawn as u64);
         let mut load = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let seconds = took.as_secs_f64().max(1e-9);
-        if decoded == 0 {
+        if decoding == 0 {
             // A chunk of a few tokens measures overhead: it counts by its size.
             let weight = NEWEST * (prompt as f64 / 64.0).min(1.0);
             mix(&mut load.prefill_tokens_per_s, prompt as f64 / seconds, weight);
         } else if prompt == 0 {
-            mix(&mut load.decode_step_us, seconds * 1e6, NEWEST);
+            let per_token = seconds * decoding as f64 / drawn.max(1) as f64;
+            mix(&mut load.decode_step_us, per_token * 1e6, NEWEST);
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The loop of the engine thread: take what came, let waiters in, choose a step, compute it, tell.
 
+use super::drafting::{Bounds, Drafter, Speculation};
 use super::ending::Ending;
 use super::gauges::Gauges;
 use super::inbox::{EngineHandle, Inbox};
 use super::observer::Watch;
 use super::sequence::SequenceError;
-use super::slots::Slot;
+use super::slots::{DrawnFrom, Slot};
 use crate::blocks::PoolBlocks;
 use baton_engine::{Backend, Slice, StepError, StepOutput, WantedLogits};
 use baton_node_runtime::{Clock, Supervisor, TaskHandle};
@@ -31,6 +32,8 @@ pub struct EngineParts {
     pub running_max: usize,
     /// Prompt tokens of one step.
     pub chunk_tokens: usize,
+    /// Whether decoding sequences get drafts.
+    pub speculation: Speculation,
     /// What ends a sequence.
     pub ending: Ending,
     /// Called after blocks were given back.
@@ -38,7 +41,7 @@ pub struct EngineParts {
 }
 
 /// Starts the thread.
-pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -> (EngineHandle, TaskHandle) {
+pub fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -> (EngineHandle, TaskHandle) {
     let inbox = Inbox::new(parts.queue_capacity, parts.running_max);
     let gauges = Arc::new(Gauges::default());
     let handle = EngineHandle {
@@ -51,6 +54,7 @@ pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -
         chunk_tokens: parts.chunk_tokens,
     };
     let runner = Runner {
+        drafter: Drafter::new(parts.speculation),
         parts,
         geometry,
         limits,
@@ -66,8 +70,22 @@ pub(crate) fn start(parts: EngineParts, clock: Clock, supervisor: &Supervisor) -
     (handle, task)
 }
 
+/// What one step brought.
+#[derive(Default)]
+struct Brought {
+    /// Prompt tokens computed.
+    prompt: usize,
+    /// Sequences that decoded, and the tokens drawn for them.
+    decoding: usize,
+    drawn: usize,
+    /// Draft tokens computed, and those of them that were right.
+    drafted: usize,
+    right: usize,
+}
+
 struct Runner {
     parts: EngineParts,
+    drafter: Drafter,
     geometry: KvGeometry,
     limits: StepLimits,
     clock: Clock,
@@ -214,6 +232,7 @@ impl Runner {
         if parts.is_empty() {
             return false;
         }
+        self.draft(&parts);
         let began = self.clock.now();
         for part in &parts {
             let slot = &mut self.running[part.index];
@@ -225,16 +244,15 @@ impl Runner {
         }
         match self.step(&parts) {
             Ok(output) => {
-                let (mut prompt, mut decoded) = (0, 0);
-                for part in &parts {
-                    if self.running[part.index].decoding {
-                        decoded += part.tokens
-                    } else {
-                        prompt += part.tokens
-                    }
+                let took = self.clock.elapsed(began);
+                let brought = self.finish(&parts, &output);
+                if brought.prompt == 0 {
+                    self.drafter
+                        .step_took(brought.decoding, brought.drafted, took.as_secs_f64());
                 }
-                self.gauges.step_took(prompt, decoded, self.clock.elapsed(began));
-                self.finish(&parts, &output);
+                self.gauges.drafted(brought.drafted, brought.right);
+                self.gauges
+                    .step_took(brought.prompt, (brought.decoding, brought.drawn), took);
             }
             Err(StepError::Aborted { .. }) => {
                 metrics::counter!("baton_node_steps_aborted_total").increment(1);
@@ -250,39 +268,81 @@ impl Runner {
         slot.make_room(end, &self.geometry).is_ok()
     }
 
+    /// Gives drafts to decoding sequences. Never at the cost of somebody's blocks: while anybody waits, and where each
+    /// running sequence could not grow by a block besides, drafts take none.
+    fn draft(&mut self, parts: &[Part]) {
+        let blocks = match self.waiting.is_empty() {
+            true => self.parts.blocks.pool().room().saturating_sub(self.running.len()),
+            false => 0,
+        };
+        let bounds = Bounds {
+            geometry: &self.geometry,
+            context_tokens: self.parts.ending.context_tokens(),
+            blocks,
+        };
+        self.drafter.draft(&mut self.running, parts, bounds);
+    }
+
     fn step(&mut self, parts: &[Part]) -> Result<StepOutput, StepError> {
         let mut watch = Watch::default();
         let mut batch = Vec::with_capacity(parts.len());
         for part in parts {
             let slot = &self.running[part.index];
             let end = slot.computed + part.tokens;
-            watch.parts.push((slot.control().clone(), part.tokens));
+            let tokens = slot.slice(end);
+            watch.parts.push((slot.control().clone(), tokens.len()));
             watch.told.extend(slot.layers_told(end));
             batch.push(Slice {
-                tokens: &slot.tokens[slot.computed..end],
+                tokens,
                 start: slot.computed,
                 blocks: slot.table.as_ref().map_or(&[], |table| table.blocks()),
-                logits: if end == slot.tokens.len() {
+                logits: if end < slot.tokens.len() {
+                    WantedLogits::None
+                } else if slot.drafting.drafted().is_empty() {
                     WantedLogits::Last
                 } else {
-                    WantedLogits::None
+                    WantedLogits::All
                 },
             });
         }
         self.parts.backend.step(&self.parts.arena, &batch, &mut watch)
     }
 
-    fn finish(&mut self, parts: &[Part], output: &StepOutput) {
-        let now = self.clock.now();
-        let mut row = 0;
+    fn finish(&mut self, parts: &[Part], output: &StepOutput) -> Brought {
+        let step = DrawnFrom {
+            ending: &self.parts.ending,
+            geometry: &self.geometry,
+            now: self.clock.now(),
+        };
+        let (mut brought, mut row) = (Brought::default(), 0);
         for part in parts {
             let slot = &mut self.running[part.index];
+            let decoded = slot.decoding;
+            if decoded {
+                brought.decoding += 1
+            } else {
+                brought.prompt += part.tokens
+            }
             slot.advance(part.tokens, &self.geometry);
-            if slot.computed == slot.tokens.len() {
-                slot.draw(output.row(row), &self.parts.ending, now);
-                row += 1;
+            if slot.computed < slot.tokens.len() {
+                continue;
+            }
+            let drafted = slot.drafting.drafted().len();
+            let rows = row..row + 1 + drafted;
+            row = rows.end;
+            let right = slot.draw_all(rows.map(|row| output.row(row)), &step);
+            brought.drawn += if decoded { 1 + right } else { 0 };
+            if drafted > 0 {
+                brought.drafted += drafted;
+                brought.right += right;
+                // A sequence that ended says nothing of the rest of its draft.
+                let judged = if slot.over { right } else { drafted };
+                self.drafter.verified(slot, judged, right);
+                slot.drafting.clear();
+                self.freed |= slot.give_back_draft(&self.geometry);
             }
         }
+        brought
     }
 
     /// Fails the sequence that the backend names; all of the step where it names none.

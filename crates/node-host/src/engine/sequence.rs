@@ -145,7 +145,7 @@ pub struct Drawn {
 pub enum SequenceEvent {
     /// It has blocks and its first chunk begins. Comes again where it gave way and began anew: then only the newest counts.
     Started {
-        /// Its blocks, as long as it keeps them.
+        /// With [`Until::FirstToken`]: its blocks, as long as it keeps them. Else it names none.
         table: Weak<BlockTable>,
         /// Leading blocks that came from the prefix cache.
         held_blocks: usize,
@@ -175,6 +175,10 @@ pub enum SequenceEvent {
         prefill: Option<PrefillDone>,
         /// When its step had ended.
         at: Moment,
+        /// Draft tokens of its step, told with the first token that was drawn from it.
+        drafted: u32,
+        /// It was drawn from the same step as the token before it.
+        extra: bool,
     },
     /// It ended without its last token.
     Failed {

@@ -1,14 +1,16 @@
 //! A sequence inside the engine thread: its tokens, its blocks, how far it is and who is told.
 
+use super::drafting::Drafting;
 use super::ending::Ending;
 use super::observer::{LayersTold, tell_progress};
 use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
 use super::sharing::Sharing;
 use baton_engine::{BlockPool, BlockTable, NoRoom, sample};
 use baton_node_runtime::Moment;
+use baton_scheduling::speculation::{Proposal, Speculation as Learned};
 use baton_scheduling::step::{Candidate, Waiter};
 use baton_types::{ArenaView, KvGeometry};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use tokio::sync::mpsc::error::TrySendError;
 
 pub(super) struct Slot {
@@ -40,8 +42,20 @@ pub(super) struct Slot {
     zeroed: bool,
     /// Full blocks that somebody else reads.
     sharing: Sharing,
+    /// Guesses at the tokens to come.
+    pub drafting: Drafting,
+    /// Blocks that it had before a draft needed more.
+    blocks_without_draft: usize,
     /// It is over: nobody listens, or everything was said.
     pub over: bool,
+}
+
+/// A step that was computed.
+pub(super) struct DrawnFrom<'a> {
+    pub ending: &'a Ending,
+    pub geometry: &'a KvGeometry,
+    /// When it had ended.
+    pub now: Moment,
 }
 
 impl Slot {
@@ -71,6 +85,8 @@ impl Slot {
             published: 0,
             zeroed: false,
             sharing: Sharing::default(),
+            drafting: Drafting::default(),
+            blocks_without_draft: 0,
             over: false,
         };
         slot.publish(geometry);
@@ -144,7 +160,11 @@ impl Slot {
         self.began = Some(now);
         let Some(table) = &self.table else { return };
         let event = SequenceEvent::Started {
-            table: Arc::downgrade(table),
+            // A sequence that goes on must be the only one to know its table, or it could not grow before the event is read.
+            table: match self.spec.until {
+                Until::FirstToken => Arc::downgrade(table),
+                Until::End => Weak::new(),
+            },
             held_blocks: table.held(),
             queued: now.saturating_since(self.arrived),
         };
@@ -163,6 +183,7 @@ impl Slot {
         self.published = 0;
         self.zeroed = false;
         self.decoding = false;
+        self.drafting.clear();
     }
 
     /// Blocks that it had, gave away and waits for.
@@ -190,6 +211,54 @@ impl Slot {
                 room: 0,
                 total,
             }),
+        }
+    }
+
+    /// A guess at what follows, where several tokens could be drawn from the next step.
+    pub fn propose_draft(&mut self, context_tokens: usize, learned: &Learned) -> Option<Proposal> {
+        let known = self.tokens.len();
+        if self.spec.until != Until::End || self.computed + 1 != known {
+            return None;
+        }
+        let generated = known - self.prompt_len;
+        let to_come = (self.spec.sampling.max_tokens as usize).saturating_sub(generated);
+        let to_come = to_come.min(context_tokens.saturating_sub(known));
+        self.drafting.propose(&self.tokens, to_come, learned)
+    }
+
+    /// The next step computes `count` draft tokens too, or as many as its blocks hold where none of `blocks` are left.
+    pub fn take_draft(&mut self, count: usize, blocks: &mut usize, geometry: &KvGeometry) {
+        let Some(table) = &self.table else { return };
+        self.blocks_without_draft = table.blocks().len();
+        let known = self.tokens.len();
+        let lacking = geometry
+            .blocks_for(known + count)
+            .saturating_sub(self.blocks_without_draft);
+        let grown = lacking <= *blocks && self.make_room(known + count, geometry).is_ok();
+        if grown {
+            *blocks -= lacking;
+        }
+        let room = self.table.as_ref().map_or(0, |table| table.blocks().len()) * geometry.block_tokens as usize;
+        self.drafting.take(&self.tokens, count.min(room.saturating_sub(known)));
+    }
+
+    /// Gives back what a draft alone needed. True where that was anything.
+    pub fn give_back_draft(&mut self, geometry: &KvGeometry) -> bool {
+        let needed = self.blocks_without_draft.max(geometry.blocks_for(self.computed));
+        match self.table.as_mut().and_then(Arc::get_mut) {
+            Some(table) if table.blocks().len() > needed => {
+                table.shrink(needed);
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    /// The tokens of a step that computes up to token `end`, with the draft behind it.
+    pub fn slice(&self, end: usize) -> &[u32] {
+        match self.drafting.line() {
+            [] => &self.tokens[self.computed..end],
+            line => line,
         }
     }
 
@@ -252,8 +321,26 @@ impl Slot {
         }
     }
 
-    /// Draws the next token from `logits` and tells it. The sequence is over where that was its last.
-    pub fn draw(&mut self, logits: &[f32], ending: &Ending, now: Moment) {
+    /// Draws the next token from the first of `rows`, and one more from each row whose token the draft had right. Gives how
+    /// many of the draft were right.
+    pub fn draw_all<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>, step: &DrawnFrom<'_>) -> usize {
+        let mut right = 0;
+        for logits in rows {
+            self.draw(logits, right, step);
+            if self.over || self.drafting.drafted().get(right) != self.tokens.last() {
+                break;
+            }
+            // Its KV is there.
+            self.advance(1, step.geometry);
+            right += 1;
+        }
+        right
+    }
+
+    /// Draws the next token from `logits` and tells it; `before` were drawn from the same step. The sequence is over where
+    /// that was its last.
+    fn draw(&mut self, logits: &[f32], before: usize, step: &DrawnFrom<'_>) {
+        let DrawnFrom { ending, now, .. } = *step;
         let (prompt, generated) = self.tokens.split_at(self.prompt_len);
         let index = u32::try_from(generated.len()).unwrap_or(u32::MAX);
         let sampled = sample(logits, &self.spec.sampling, prompt, generated);
@@ -280,6 +367,11 @@ impl Slot {
             table,
             prefill,
             at: now,
+            drafted: match before {
+                0 => u32::try_from(self.drafting.drafted().len()).unwrap_or(u32::MAX),
+                _ => 0,
+            },
+            extra: before > 0,
         });
         self.over |= ends;
     }
