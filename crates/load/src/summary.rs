@@ -2,7 +2,7 @@
 
 use crate::{Failure, Observed, Run};
 use baton_planner::Nanos;
-use baton_planner::sim::Served;
+use baton_planner::sim::{Fate, Served};
 use baton_planner::slo::{Clause, Metric, Slo};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -190,6 +190,12 @@ fn judged(observed: &Observed, slo: &Slo) -> Served {
         late_gaps: observed.token_gaps().filter(|gap| *gap > bound).count() as u32,
         local: false,
         good: false,
+        fate: Some(match &observed.failure {
+            None => Fate::Served,
+            Some(Failure::Refused { .. }) => Fate::Refused,
+            Some(Failure::Error(_)) => Fate::Failed,
+        }),
+        retries: 0,
     };
     request.judge(slo);
     request

@@ -27,6 +27,10 @@ pub struct NodeModel {
     pub layers: u32,
     /// Added to a first token, seconds.
     pub request_overhead_s: f64,
+    /// From its start until it takes work, seconds.
+    pub startup_s: f64,
+    /// From being empty in one role until it takes work in the other, seconds.
+    pub role_change_s: f64,
     prefill: Grid,
     decode: Grid,
     mixed_saves_s: f64,
@@ -48,6 +52,8 @@ impl NodeModel {
             block_bytes: u64::from(profile.block_tokens) * profile.model.kv_bytes_per_token,
             layers: profile.model.layers,
             request_overhead_s: profile.request_overhead_s,
+            startup_s: profile.startup_s,
+            role_change_s: profile.role_change_s,
             prefill: profile.prefill.clone(),
             decode: profile.decode.clone(),
             mixed_saves_s: profile.mixed_saves_s,

@@ -2,6 +2,7 @@
 
 use super::engine::{Effect, Engine, Prefilled, Slot};
 use super::event::{Event, Events};
+use super::life::{Life, Order};
 use super::options::SimOptions;
 use super::outcome::Fate;
 use super::record::Record;
@@ -12,7 +13,7 @@ use crate::profile::OutOfRange;
 use crate::workload::Workload;
 use baton_scheduling::{
     Admission, AdmissionLoad, BlockIndex, Candidate, Decision, Entry, FairQueue, Fleet, HandoverTimes, Held, Load,
-    Place, Placed, Priority, Reported, RouteRequest, StepModel, admit, route,
+    Place, Placed, Priority, Reported, RouteRequest, Slo as RouteSlo, StepModel, admit, route,
 };
 use baton_types::{BlockCounts, BlockHash, Instance};
 use std::sync::Arc;
@@ -39,7 +40,11 @@ pub(super) struct Cluster<'a> {
     pub gaps: u64,
     pub tokens_computed: u64,
     pub(super) fleet: Fleet,
-    pub(super) places: Vec<Place>,
+    pub(super) places: Vec<Option<Place>>,
+    pub(super) lives: Vec<Life>,
+    /// Requests whose nodes were lost: they are tried before the line.
+    pub(super) again: Vec<u32>,
+    pub(super) given: Vec<(Nanos, Order)>,
     pub(super) speeds: Vec<StepModel>,
     pub(super) index: BlockIndex,
     pub(super) line: FairQueue<u32>,
@@ -74,7 +79,7 @@ impl<'a> Cluster<'a> {
         &chain[..chain.len().min((tokens / size) as usize)]
     }
 
-    fn instance(node: u32) -> Instance {
+    pub(super) fn instance(node: u32) -> Instance {
         Instance(u64::from(node) + 1)
     }
 
@@ -106,10 +111,11 @@ impl<'a> Cluster<'a> {
     /// Tries whoever has the turn, as long as somebody is placed.
     pub fn place_waiting(&mut self) -> Result<(), OutOfRange> {
         while std::mem::take(&mut self.changed) {
+            self.place_again()?;
             let Some(request) = self.head.take().or_else(|| self.line.pop()) else {
                 return Ok(());
             };
-            match self.choose(request) {
+            match self.choose(request, None) {
                 Decision::Place(chosen) => {
                     self.changed = true;
                     self.place(request, &chosen)?;
@@ -124,11 +130,15 @@ impl<'a> Cluster<'a> {
         Ok(())
     }
 
-    fn choose(&mut self, request: u32) -> Decision {
+    pub(super) fn choose(&mut self, request: u32, keep_decode: Option<Instance>) -> Decision {
         let wanted = self.workload.requests()[request as usize];
         let waited = self.events.now - wanted.at;
         let mut slo = self.options.route_slo;
         slo.ttft = slo.ttft.map(|ttft| ttft.saturating_sub(waited.duration()));
+        let drawn = self.record.drawn(request);
+        if drawn > 0 {
+            slo = RouteSlo::default();
+        }
         let chain: Vec<BlockHash> = self.chain(request, wanted.input).iter().map(|id| hash(*id)).collect();
         let held = if chain.is_empty() {
             Held::default()
@@ -137,9 +147,9 @@ impl<'a> Cluster<'a> {
         };
         self.turns += 1;
         let asked = RouteRequest {
-            context_tokens: wanted.input,
+            context_tokens: wanted.input + drawn,
             excluded: &[],
-            keep_decode: None,
+            keep_decode,
             policy: self.options.policy,
             slo,
             turn: self.turns,
@@ -150,17 +160,21 @@ impl<'a> Cluster<'a> {
             .decision
     }
 
-    fn place(&mut self, request: u32, chosen: &Candidate) -> Result<(), OutOfRange> {
+    pub(super) fn place(&mut self, request: u32, chosen: &Candidate) -> Result<(), OutOfRange> {
         let node = |instance: Instance| (instance.0 - 1) as u32;
         let wanted = self.workload.requests()[request as usize];
         let deadline = self.record.deadline(request);
         let decode = node(chosen.decode);
-        let mut slot = Slot::new(request, wanted.input, wanted.output, deadline);
+        let drawn = self.record.drawn(request);
+        let (known, left) = (wanted.input + drawn, wanted.output - drawn);
+        let mut slot = Slot::new(request, known, left, deadline);
         let prefill = chosen.prefill.map(node);
         slot.to_first = prefill.is_some();
         slot.granted = prefill.is_none();
         let journey = &mut self.journeys[request as usize];
         (journey.prefill, journey.decode, journey.claimed) = (prefill, decode, chosen.prefill_tokens);
+        (journey.known, journey.left) = (known, left);
+        (journey.placed, journey.at_prefill) = (true, prefill.is_some());
         let tokens = u64::from(chosen.prefill_tokens);
         let at = match prefill {
             Some(prefill) => {
@@ -198,7 +212,7 @@ impl<'a> Cluster<'a> {
         self.turn(node)
     }
 
-    fn with_turn(
+    pub(super) fn with_turn(
         &mut self,
         node: u32,
         act: impl FnOnce(&mut Engine, &mut Turn<'_>) -> Result<(), OutOfRange>,
@@ -245,9 +259,12 @@ impl<'a> Cluster<'a> {
                 Effect::Ended { request } => {
                     self.placed[node as usize].ends();
                     self.changed = true;
+                    self.journeys[request as usize].placed = false;
+                    self.cancel_move(request)?;
                     self.ended(request);
                 }
-                Effect::Stuck { request } => self.stuck(request),
+                Effect::HandedOn { left } => self.handed_on(node, left)?,
+                Effect::Stuck { request } => self.stuck(request)?,
                 Effect::Room => self.grants(node)?,
             }
         }
@@ -293,11 +310,14 @@ impl<'a> Cluster<'a> {
     fn learns(&mut self, node: u32, prefilled: &Prefilled) {
         let speed = &mut self.speeds[node as usize];
         speed.prefilled(prefilled.tokens, prefilled.held, prefilled.took.duration());
-        self.fleet.set_times(self.places[node as usize], speed.times());
+        if let Some(place) = self.places[node as usize] {
+            self.fleet.set_times(place, speed.times());
+        }
     }
 
     /// It has all its tokens.
     pub fn ended(&mut self, request: u32) {
+        debug_assert!(self.journeys[request as usize].fate.is_none(), "{request} ended twice");
         self.open -= 1;
         self.journeys[request as usize].fate = Some(Fate::Served);
     }
@@ -310,51 +330,46 @@ impl<'a> Cluster<'a> {
     }
 
     /// It was placed, but needs more blocks than its node has.
-    pub fn stuck(&mut self, request: u32) {
-        let journey = &mut self.journeys[request as usize];
-        let at = journey.prefill.unwrap_or(journey.decode) as usize;
-        if journey.started {
-            self.placed[journey.decode as usize].ends();
-        } else {
-            self.placed[at].leaves_queue(journey.claimed.into());
-            if journey.prefill.is_some() {
-                self.placed[journey.decode as usize].leaves_queue(0);
-            }
-        }
-        if let Some(table) = journey.reserved.take() {
-            self.engines[journey.decode as usize].pool.release(table);
-        }
+    pub fn stuck(&mut self, request: u32) -> Result<(), OutOfRange> {
+        self.withdraw(request, None)?;
         self.refused(request);
+        Ok(())
     }
 
     /// Nodes say how loaded they are.
     pub fn heartbeat(&mut self) {
-        for (node, engine) in self.engines.iter().enumerate() {
-            let running = engine
-                .running
-                .iter()
-                .filter(|slot| slot.began.is_some() && !slot.is_held_back())
-                .count();
-            let idle = engine.running.len() - running;
-            let waiting = engine.waiting.iter().chain(&engine.inbox);
-            let tokens = waiting
-                .clone()
-                .chain(&engine.running)
-                .map(|slot| u64::from(slot.known - slot.computed));
-            let running = running as u32 + engine.decoding.len();
-            let reported = Reported {
-                queued_requests: (waiting.count() + idle) as u32,
-                queued_tokens: tokens.sum(),
-                running_requests: running,
-                blocks: self.blocks(engine),
-            };
-            self.speeds[node].reported(engine.prefill_tokens_per_s, engine.step_us, running);
-            let (place, ours) = (self.places[node], self.placed[node].figures());
+        for node in 0..self.engines.len() {
+            let Some(place) = self.places[node] else { continue };
+            let (reported, ours) = (self.reported(node), self.placed[node].figures());
+            let engine = &self.engines[node];
+            self.speeds[node].reported(engine.prefill_tokens_per_s, engine.step_us, reported.running_requests);
             self.fleet
                 .spoke(place, Load::new(reported, ours), engine.model.queue_max);
             self.fleet.set_times(place, self.speeds[node].times());
         }
-        self.changed |= self.head.is_some();
+        self.changed |= self.head.is_some() || !self.again.is_empty();
+    }
+
+    /// What a node says of itself now.
+    pub(super) fn reported(&self, node: usize) -> Reported {
+        let engine = &self.engines[node];
+        let running = engine
+            .running
+            .iter()
+            .filter(|slot| slot.began.is_some() && !slot.is_held_back())
+            .count();
+        let idle = engine.running.len() - running;
+        let waiting = engine.waiting.iter().chain(&engine.inbox);
+        let tokens = waiting
+            .clone()
+            .chain(&engine.running)
+            .map(|slot| u64::from(slot.known - slot.computed));
+        Reported {
+            queued_requests: (waiting.count() + idle) as u32,
+            queued_tokens: tokens.sum(),
+            running_requests: running as u32 + engine.decoding.len(),
+            blocks: self.blocks(engine),
+        }
     }
 
     /// In the unit of views: prefix blocks, where the workload has them.

@@ -87,6 +87,19 @@ impl DecodeBatch {
         there.filter_map(|(place, member)| member.as_ref().map(|member| (place, member.arrival)))
     }
 
+    /// Members' requests, and how many tokens of each have their KV before the run under way.
+    pub fn requests(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let there = self.members.iter().flatten();
+        there.map(|member| (member.request, member.computed + (self.step - member.joined) as u32))
+    }
+
+    /// Takes a request's sequence out, where it is here.
+    pub fn take_request(&mut self, request: u32) -> Option<Left> {
+        let is = |member: &Option<Member>| member.as_ref().is_some_and(|member| member.request == request);
+        let place = self.members.iter().position(is)?;
+        self.take(place)
+    }
+
     /// A sequence joins: `computed` tokens have their KV, one more is known, and it wants `left` more, at least 1. `blocks` is
     /// what it has.
     pub fn join(&mut self, request: u32, arrival: u64, table: Table, computed: u32, left: u32, blocks: u32) {

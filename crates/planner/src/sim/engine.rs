@@ -1,7 +1,7 @@
 //! One node: the loop of the live engine thread (`node-host`) without tensors. It asks the same `step` functions who is let in, what
 //! the next step computes and who gives way; a step takes what the profile says.
 
-use super::decoding::DecodeBatch;
+use super::decoding::{DecodeBatch, Left};
 use super::pool::{Pool, Table};
 use crate::Nanos;
 use crate::profile::{DecodeRow, NodeModel};
@@ -104,6 +104,8 @@ pub(super) enum Effect {
     },
     /// It has all its tokens.
     Ended { request: u32 },
+    /// It left for another decode node.
+    HandedOn { left: Left },
     /// It can never go on: it alone needs more blocks than the node has.
     Stuck { request: u32 },
     /// Blocks came free.
@@ -162,8 +164,11 @@ pub(super) struct Engine {
     pub busy: [Nanos; 2],
     pub blocks_peak: u32,
     pub preemptions: u64,
+    pub handed_on: u64,
     /// Those whose first step here is yet to end.
     pub fresh: Vec<u32>,
+    /// Sequences that leave for another node with the end of this step.
+    pub leaving: Vec<u32>,
     /// Of the last batch size.
     pub row: Option<DecodeRow>,
 }
@@ -193,7 +198,9 @@ impl Engine {
             busy: [Nanos::ZERO; 2],
             blocks_peak: 0,
             preemptions: 0,
+            handed_on: 0,
             fresh: Vec::new(),
+            leaving: Vec::new(),
             row: None,
             model: Arc::clone(model),
         }

@@ -10,8 +10,16 @@ pub(super) enum Event {
     Arrival(u32),
     /// A node's step ends; the generation tells whether it is still that step.
     StepEnds { node: u32, generation: u64 },
-    /// All KV of a request has arrived.
-    HandedOver(u32),
+    /// All KV of a request has arrived, unless it was given up meanwhile.
+    HandedOver { request: u32, attempt: u32 },
+    /// The other node has all KV of a sequence that is moved to it, unless it was given up meanwhile.
+    Moved { request: u32, attempt: u32 },
+    /// An order of the list is given.
+    Ordered(u32),
+    /// A node has started, or has the other role; the number tells whether it is still that life.
+    Ready { node: u32, life: u32 },
+    /// Whoever directs the cluster looks at it.
+    Look,
     /// Nodes say how loaded they are.
     Heartbeat,
 }

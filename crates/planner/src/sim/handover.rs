@@ -13,6 +13,11 @@ impl Cluster<'_> {
     pub fn asks(&mut self, request: u32) -> Result<(), OutOfRange> {
         let decode = self.journeys[request as usize].decode;
         let deadline = self.record.deadline(request);
+        let asks = &self.engines[decode as usize].asks;
+        // One that gave way begins again, and has what it asked for, or will.
+        if self.journeys[request as usize].reserved.is_some() || asks.values().any(|asked| *asked == request) {
+            return Ok(());
+        }
         self.asked += 1;
         let asked = self.asked;
         self.engines[decode as usize].asks.insert((deadline, asked), request);
@@ -27,11 +32,11 @@ impl Cluster<'_> {
             let Some((key, request)) = engine.asks.first_key_value().map(|(key, request)| (*key, *request)) else {
                 return Ok(());
             };
-            let input = self.workload.requests()[request as usize].input;
+            let input = self.journeys[request as usize].known;
             let blocks = engine.model.blocks_for(input) + 1;
             if blocks > engine.pool.total() {
                 engine.asks.remove(&key);
-                self.stuck(request);
+                self.stuck(request)?;
                 continue;
             }
             let (_, growing) = engine.growing(now);
@@ -124,22 +129,24 @@ impl Cluster<'_> {
     pub fn first_token(&mut self, request: u32) -> Result<(), OutOfRange> {
         let now = self.events.now;
         self.record.draws(request, now);
-        let wanted = self.workload.requests()[request as usize];
         let journey = &mut self.journeys[request as usize];
         let (prefill, decode, claimed) = (journey.prefill, journey.decode, journey.claimed);
+        let (known, left, attempt) = (journey.known, journey.left, journey.attempt);
+        journey.at_prefill = false;
         if let Some(prefill) = prefill {
             self.placed[prefill as usize].leaves_queue(claimed.into());
             self.changed = true;
         }
-        if wanted.output <= 1 {
+        if left <= 1 {
             self.gives_back_both(request)?;
             self.placed[decode as usize].leaves_queue(0);
+            self.journeys[request as usize].placed = false;
             self.ended(request);
             return self.grants(decode);
         }
-        self.push(request, wanted.input, true)?;
+        self.push(request, known, true)?;
         let ends = self.journeys[request as usize].pushed_until.max(now);
-        self.events.at(ends, Event::HandedOver(request));
+        self.events.at(ends, Event::HandedOver { request, attempt });
         Ok(())
     }
 
@@ -158,9 +165,12 @@ impl Cluster<'_> {
     }
 
     /// All has arrived: the decode node commits.
-    pub fn handed_over(&mut self, request: u32) -> Result<(), OutOfRange> {
+    pub fn handed_over(&mut self, request: u32, attempt: u32) -> Result<(), OutOfRange> {
         let now = self.events.now;
         let journey = &mut self.journeys[request as usize];
+        if journey.attempt != attempt {
+            return Ok(());
+        }
         let Some(prefill) = journey.prefill else { return Ok(()) };
         let decode = journey.decode;
         let exposed = journey.prefilled.map_or(Nanos::ZERO, |done| now.saturating_sub(done));
@@ -173,13 +183,16 @@ impl Cluster<'_> {
         self.placed[decode as usize].starts(0);
         self.changed = true;
         let blocks = self.journeys[request as usize].reserved_blocks;
-        let wanted = self.workload.requests()[request as usize];
+        let (known, left) = (
+            self.journeys[request as usize].known,
+            self.journeys[request as usize].left,
+        );
         if let Some(table) = reserved {
             let engine = &mut self.engines[decode as usize];
             engine.arrived.push(Arrived {
                 request,
-                computed: wanted.input,
-                left: wanted.output - 1,
+                computed: known,
+                left: left - 1,
                 table,
                 blocks,
             });

@@ -1,9 +1,14 @@
 //! What is simulated.
 
+use super::life::Order;
+use crate::Nanos;
 use crate::profile::{NodeModel, OutOfRange};
 use crate::slo::Slo;
 use baton_scheduling::{AdmissionLimits, Policy, Slo as RouteSlo};
 use std::sync::Arc;
+
+/// As `baton drain` has it.
+const DRAIN: Nanos = Nanos(120_000_000_000);
 
 /// A cluster and how it decides. The defaults are those of the live processes.
 #[derive(Debug, Clone)]
@@ -12,6 +17,13 @@ pub struct SimOptions {
     pub prefill: Vec<Arc<NodeModel>>,
     /// Decode nodes.
     pub decode: Vec<Arc<NodeModel>>,
+    /// Nodes that are not there at first, and may be started.
+    pub spare: Vec<Arc<NodeModel>>,
+    /// What is done to nodes, and when. Nodes are counted through: prefill nodes, decode nodes, spare ones.
+    pub orders: Vec<(Nanos, Order)>,
+    /// How long a node that is to be empty waits for its requests, as `baton drain` and `baton role` have it. What is left
+    /// then is done anew elsewhere.
+    pub drain: Nanos,
     /// How nodes are chosen.
     pub policy: Policy,
     /// Bounds that routing keeps to.
@@ -32,6 +44,9 @@ impl SimOptions {
         Self {
             prefill: vec![Arc::clone(node); prefill],
             decode: vec![Arc::clone(node); decode],
+            spare: Vec::new(),
+            orders: Vec::new(),
+            drain: DRAIN,
             policy: Policy::default(),
             route_slo: RouteSlo::default(),
             admission: AdmissionLimits {
@@ -65,6 +80,14 @@ pub enum SimError {
     /// Without decode nodes nothing can be served.
     #[error("a cluster needs at least one decode node")]
     NoDecodeNode,
+    /// An order is about a node that is none of the cluster's.
+    #[error("an order is for node {node}, and there are {nodes}, counted from 0")]
+    NoSuchNode {
+        /// Which.
+        node: usize,
+        /// Nodes there are.
+        nodes: usize,
+    },
     /// The trace's blocks are no multiple of the nodes'.
     #[error(
         "the trace's prefix blocks have {trace} tokens, which is no multiple of the profile's block_tokens of {node}"

@@ -1,6 +1,7 @@
 //! What a simulation gives.
 
 use super::histogram::Histogram;
+use super::life::Order;
 use crate::Nanos;
 use crate::slo::{Clause, Metric, Slo};
 
@@ -11,6 +12,8 @@ pub enum Fate {
     Served,
     /// It was refused: too many there already, too late, or too large.
     Refused,
+    /// Its nodes failed, or gave it up, more often than it is tried again.
+    Failed,
 }
 
 /// One request, as its client saw it.
@@ -30,6 +33,10 @@ pub struct Served {
     pub local: bool,
     /// Within all bounds.
     pub good: bool,
+    /// How it ended; none where the simulation was given up before.
+    pub fate: Option<Fate>,
+    /// Attempts that were given up: a node failed, or did not become empty in time.
+    pub retries: u32,
 }
 
 impl Served {
@@ -65,6 +72,10 @@ pub struct NodeUse {
     pub kv_peak: f64,
     /// Sequences that gave way to others.
     pub preemptions: u64,
+    /// Sequences that it handed on to other decode nodes.
+    pub handed_on: u64,
+    /// For how long it was paid: from its start until it was stopped, or failed.
+    pub paid: Nanos,
 }
 
 /// What a simulation gives.
@@ -90,6 +101,8 @@ pub struct Outcome {
     pub tokens_computed: u64,
     /// It was given up: the SLO could not be met any more, and the figures are those until then.
     pub given_up: bool,
+    /// Orders that were carried out, and when they were given. Those that did not fit the node's state are not here.
+    pub orders: Vec<(Nanos, Order)>,
 }
 
 impl Outcome {
@@ -167,6 +180,20 @@ impl Outcome {
 
     /// Requests that were refused.
     pub fn refused(&self) -> usize {
-        self.requests.len() - self.served()
+        self.count(Fate::Refused)
+    }
+
+    /// Requests that were tried as often as live ones are, and failed.
+    pub fn failed(&self) -> usize {
+        self.count(Fate::Failed)
+    }
+
+    fn count(&self, fate: Fate) -> usize {
+        self.requests.iter().filter(|r| r.fate == Some(fate)).count()
+    }
+
+    /// Hours of nodes that were paid.
+    pub fn node_hours(&self) -> f64 {
+        self.nodes.iter().map(|node| node.paid.seconds()).sum::<f64>() / 3600.0
     }
 }

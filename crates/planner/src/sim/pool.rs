@@ -59,6 +59,10 @@ impl Pool {
         self.total
     }
 
+    pub fn per_prefix(&self) -> u32 {
+        self.per_prefix
+    }
+
     pub fn free(&self) -> u32 {
         self.free
     }

@@ -3,6 +3,14 @@
 use super::pool::Table;
 use crate::Nanos;
 
+/// A sequence on its way to another decode node: what that one keeps for it.
+#[derive(Debug)]
+pub(super) struct Moving {
+    pub to: u32,
+    pub table: Table,
+    pub blocks: u32,
+}
+
 /// Its way through the cluster.
 #[derive(Debug, Default)]
 pub(super) struct Journey {
@@ -25,6 +33,19 @@ pub(super) struct Journey {
     /// When the last push so far ends.
     pub pushed_until: Nanos,
     pub tokens_handed: u32,
+    /// Tokens that were known when it was placed, and tokens that it wanted then.
+    pub known: u32,
+    pub left: u32,
+    /// It waits at the prefill node, as the coordinator counts.
+    pub at_prefill: bool,
+    /// It has nodes.
+    pub placed: bool,
+    /// Nodes it was taken from before.
+    pub attempt: u32,
+    /// Of these, those that failed under it.
+    pub deaths: u32,
+    /// Where it is moved to.
+    pub moving: Option<Moving>,
     pub started: bool,
     pub fate: Option<super::outcome::Fate>,
 }

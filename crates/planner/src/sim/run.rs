@@ -3,6 +3,8 @@
 use super::cluster::{Cluster, HEARTBEAT};
 use super::engine::Engine;
 use super::event::{Event, Events};
+use super::life::{Life, Order};
+use super::look::Looked;
 use super::options::{SimError, SimOptions};
 use super::outcome::{Fate, NodeUse, Outcome, Served};
 use super::record::Record;
@@ -10,14 +12,12 @@ use super::request::Journey;
 use crate::Nanos;
 use crate::slo::Metric;
 use crate::workload::Workload;
-use baton_scheduling::{
-    BlockIndex, FairQueue, Fleet, FleetNode, HandoverTimes, Load, NodeView, Reported, Side, StepModel,
-};
+use baton_scheduling::{BlockIndex, FairQueue, Fleet, FleetNode, HandoverTimes, Load, NodeView, Side, StepModel};
 use baton_types::Instance;
 use std::sync::Arc;
 
 /// As the coordinator's `--default-timeout` has it. Requests are ordered by it, not ended.
-const BUDGET: Nanos = Nanos(120_000_000_000);
+pub(super) const BUDGET: Nanos = Nanos(120_000_000_000);
 /// As the coordinator's `--index-locations-max` has it.
 const LOCATIONS_MAX: usize = 2_000_000;
 /// As the coordinator bounds pairs of nodes.
@@ -25,27 +25,66 @@ const PAIRS_MAX: usize = 4096;
 /// Heartbeats with nothing between them: so long nothing takes.
 const BEATS_MAX: u32 = 100_000;
 /// As a decode node's `--running` has it.
-const DECODE_RUNNING_MAX: usize = 256;
+pub(super) const DECODE_RUNNING_MAX: usize = 256;
 
 /// Simulates a workload on a cluster.
 ///
 /// # Errors
 /// Where a node would do what its profile does not cover; nothing is extrapolated.
 pub fn simulate(workload: &Workload, options: &SimOptions) -> Result<Outcome, SimError> {
+    run(workload, options, None)
+}
+
+/// Looks at the cluster and gives orders.
+pub type Director<'a> = dyn FnMut(&Looked<'_>) -> Vec<Order> + 'a;
+
+/// Simulates a workload on a cluster that `director` looks at every so often.
+///
+/// # Errors
+/// As [`simulate`].
+pub fn simulate_directed(
+    workload: &Workload,
+    options: &SimOptions,
+    every: Nanos,
+    director: &mut Director<'_>,
+) -> Result<Outcome, SimError> {
+    run(workload, options, Some((every.max(HEARTBEAT), director)))
+}
+
+fn run(
+    workload: &Workload,
+    options: &SimOptions,
+    mut director: Option<(Nanos, &mut Director<'_>)>,
+) -> Result<Outcome, SimError> {
     let mut cluster = cluster(workload, options)?;
     if let Some(first) = workload.requests().first() {
         cluster.events.at(first.at, Event::Arrival(0));
         cluster.events.at(first.at, Event::Heartbeat);
+        if let Some((every, _)) = &director {
+            cluster.events.at(first.at + *every, Event::Look);
+        }
+    }
+    for (index, (at, _)) in options.orders.iter().enumerate() {
+        cluster.events.at(*at, Event::Ordered(index as u32));
     }
     let (mut events, mut given_up) = (0, false);
     let mut beats = 0;
     while let Some(event) = cluster.events.next() {
         events += 1;
-        beats = if event == Event::Heartbeat { beats + 1 } else { 0 };
+        beats = match event {
+            Event::Heartbeat | Event::Look => beats + 1,
+            _ => 0,
+        };
         if beats > BEATS_MAX {
             return Err(SimError::Stalled { open: cluster.open });
         }
-        let happened = happen(&mut cluster, event).and_then(|()| cluster.place_waiting());
+        let directed = match (event, &mut director) {
+            (Event::Look, Some((every, director))) => look(&mut cluster, *every, *director),
+            _ => Ok(()),
+        };
+        let happened = directed
+            .and_then(|()| happen(&mut cluster, event))
+            .and_then(|()| cluster.place_waiting());
         if let Err(source) = happened {
             let profile = cluster.failed.take().map_or_else(String::new, |(profile, _)| profile);
             return Err(SimError::OutOfRange { profile, source });
@@ -58,6 +97,27 @@ pub fn simulate(workload: &Workload, options: &SimOptions) -> Result<Outcome, Si
     Ok(outcome(&cluster, events, given_up))
 }
 
+/// More can come, or there is something to do.
+fn goes_on(cluster: &Cluster<'_>) -> bool {
+    let last = cluster.workload.requests().last().map_or(Nanos::ZERO, |last| last.at);
+    cluster.open > 0 || cluster.events.now < last
+}
+
+fn look(
+    cluster: &mut Cluster<'_>,
+    every: Nanos,
+    director: &mut Director<'_>,
+) -> Result<(), crate::profile::OutOfRange> {
+    if !goes_on(cluster) {
+        return Ok(());
+    }
+    let now = cluster.events.now;
+    let arrived = cluster.workload.requests().partition_point(|request| request.at <= now);
+    let orders = director(&Looked::new(cluster, arrived));
+    cluster.events.at(now + every, Event::Look);
+    orders.into_iter().try_for_each(|order| cluster.order(order))
+}
+
 fn happen(cluster: &mut Cluster<'_>, event: Event) -> Result<(), crate::profile::OutOfRange> {
     match event {
         Event::Arrival(request) => {
@@ -67,16 +127,22 @@ fn happen(cluster: &mut Cluster<'_>, event: Event) -> Result<(), crate::profile:
             cluster.arrives(request)
         }
         Event::StepEnds { node, generation } => cluster.step_ends(node, generation),
-        Event::HandedOver(request) => cluster.handed_over(request),
+        Event::HandedOver { request, attempt } => cluster.handed_over(request, attempt),
+        Event::Moved { request, attempt } => cluster.moved(request, attempt),
+        Event::Ordered(index) => cluster.order(cluster.options.orders[index as usize].1),
+        Event::Ready { node, life } => {
+            cluster.ready(node, life);
+            Ok(())
+        }
+        Event::Look => Ok(()),
         Event::Heartbeat => {
             cluster.heartbeat();
             // Where nothing happens any more, nodes need not say so.
-            let last = cluster.workload.requests().last().map_or(Nanos::ZERO, |last| last.at);
-            if cluster.open > 0 || cluster.events.now < last {
+            if goes_on(cluster) {
                 let next = cluster.events.now + HEARTBEAT;
                 cluster.events.at(next, Event::Heartbeat);
             }
-            Ok(())
+            cluster.drains()
         }
     }
 }
@@ -96,7 +162,7 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
     if options.decode.is_empty() {
         return Err(SimError::NoDecodeNode);
     }
-    let nodes = options.prefill.iter().chain(&options.decode);
+    let nodes = options.prefill.iter().chain(&options.decode).chain(&options.spare);
     let trace = workload.block_tokens().filter(|_| options.prefix_cache);
     let mut engines = Vec::new();
     for (index, model) in nodes.enumerate() {
@@ -134,7 +200,10 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
         tokens_computed: 0,
         gaps: workload.requests().iter().map(|r| u64::from(r.output) - 1).sum(),
         fleet: Fleet::default(),
-        places: Vec::new(),
+        places: vec![None; engines.len()],
+        lives: Vec::new(),
+        again: Vec::new(),
+        given: Vec::new(),
         speeds: engines.iter().map(|_| StepModel::default()).collect(),
         index: BlockIndex::new(LOCATIONS_MAX),
         line: FairQueue::default(),
@@ -149,18 +218,30 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
         } else {
             Side::Decode
         };
-        add(&mut cluster, node, side);
+        let there = node < options.prefill.len() + options.decode.len();
+        cluster.lives.push(Life::new(side, there));
+        if there {
+            seat(&mut cluster, node);
+        }
+    }
+    if let Some((_, wrong)) = options
+        .orders
+        .iter()
+        .find(|(_, order)| order.node() >= cluster.engines.len())
+    {
+        return Err(SimError::NoSuchNode {
+            node: wrong.node(),
+            nodes: cluster.engines.len(),
+        });
     }
     Ok(cluster)
 }
 
-fn add(cluster: &mut Cluster<'_>, node: usize, side: Side) {
+/// The node takes work from now on.
+pub(super) fn seat(cluster: &mut Cluster<'_>, node: usize) {
+    let side = cluster.lives[node].side;
     let engine = &cluster.engines[node];
-    let blocks = cluster.blocks(engine);
-    let reported = Reported {
-        blocks,
-        ..Reported::default()
-    };
+    let reported = cluster.reported(node);
     let placed = Arc::clone(&cluster.placed[node]);
     let view = NodeView {
         instance: Instance(node as u64 + 1),
@@ -168,8 +249,8 @@ fn add(cluster: &mut Cluster<'_>, node: usize, side: Side) {
         queue_capacity: engine.model.queue_max,
         queued_tokens: 0,
         running_requests: 0,
-        times: StepModel::default().times(),
-        blocks,
+        times: cluster.speeds[node].times(),
+        blocks: reported.blocks,
         block_tokens: cluster.view_tokens(engine),
         held_tokens: 0,
     };
@@ -183,7 +264,7 @@ fn add(cluster: &mut Cluster<'_>, node: usize, side: Side) {
             full: false,
         },
     );
-    cluster.places.push(place);
+    cluster.places[node] = Some(place);
 }
 
 fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
@@ -200,6 +281,8 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
             late_gaps: seen.late,
             local: journey.prefill.is_none(),
             good: false,
+            fate: journey.fate,
+            retries: journey.attempt,
         }
     };
     let ended = cluster
@@ -209,24 +292,34 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         .map(|seen| seen.last)
         .max()
         .unwrap_or_default();
-    let time = ended.seconds().max(1e-9);
-    let used = |engine: &Engine| NodeUse {
+    // A node may still compute for requests that fail.
+    let busy = |engine: &Engine| (engine.busy[0] + engine.busy[1]).seconds();
+    let time = cluster
+        .engines
+        .iter()
+        .map(busy)
+        .fold(ended.seconds().max(1e-9), f64::max);
+    let until = ended.max(workload.requests().last().map_or(Nanos::ZERO, |last| last.at));
+    let used = |(engine, life): (&Engine, &Life)| NodeUse {
         prefilling: engine.busy[0].seconds() / time,
         decoding: engine.busy[1].seconds() / time,
         kv_peak: f64::from(engine.blocks_peak) / f64::from(engine.pool.total().max(1)),
         preemptions: engine.preemptions,
+        handed_on: engine.handed_on,
+        paid: life.paid(until).min(until),
     };
     let mut outcome = Outcome {
         requests: workload.requests().iter().enumerate().map(served).collect(),
         itl: cluster.record.itl.clone(),
         late_gaps: cluster.record.late_gaps,
-        nodes: cluster.engines.iter().map(used).collect(),
+        nodes: cluster.engines.iter().zip(&cluster.lives).map(used).collect(),
         prefill_nodes: cluster.options.prefill.len(),
         span: workload.duration(),
         ended,
         events,
         tokens_computed: cluster.tokens_computed,
         given_up,
+        orders: cluster.given.clone(),
     };
     outcome.judge(&cluster.options.slo);
     outcome

@@ -276,6 +276,7 @@ impl Engine {
                 freed = true;
             }
         }
+        freed |= self.hand_on(turn);
         self.row = computing.row;
         if tokens > 0 {
             self.prefill_tokens_per_s = (f64::from(tokens) / took.seconds().max(1e-9)) as f32;

@@ -2,7 +2,7 @@
 
 use crate::plain::node;
 use baton_planner::profile::{NodeModel, Profile, estimate, gpu, model};
-use baton_planner::sim::{Outcome, SimOptions, simulate};
+use baton_planner::sim::{Fate, Outcome, SimOptions, simulate};
 use baton_planner::slo::Slo;
 use baton_planner::workload::{Arrivals, Generator, Lengths, Workload};
 use baton_scheduling::{AdmissionLimits, Policy};
@@ -10,11 +10,11 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use std::sync::Arc;
 
-fn slo() -> Slo {
+pub fn slo() -> Slo {
     "ttft_p90=2s,itl_p99=40ms".parse().unwrap()
 }
 
-fn small_kv(tokens: u64) -> Arc<NodeModel> {
+pub fn small_kv(tokens: u64) -> Arc<NodeModel> {
     let profile = estimate(gpu("h100").unwrap(), model("llama-3.1-8b").unwrap()).unwrap();
     node(&Profile {
         kv_capacity_tokens: tokens,
@@ -22,7 +22,7 @@ fn small_kv(tokens: u64) -> Arc<NodeModel> {
     })
 }
 
-fn drawn(requests: usize, rate: f64, seed: u64) -> Workload {
+pub fn drawn(requests: usize, rate: f64, seed: u64) -> Workload {
     let generator = Generator {
         requests,
         arrivals: Arrivals::Poisson(rate),
@@ -45,9 +45,9 @@ fn policy() -> impl Strategy<Value = Policy> {
     ]
 }
 
-fn conserved(workload: &Workload, outcome: &Outcome) {
+pub fn conserved(workload: &Workload, outcome: &Outcome) {
     assert_eq!(outcome.requests.len(), workload.len());
-    assert_eq!(outcome.served() + outcome.refused(), workload.len());
+    assert_eq!(outcome.served() + outcome.refused() + outcome.failed(), workload.len());
     let mut gaps = 0;
     for (served, request) in outcome.requests.iter().zip(workload.requests()) {
         match (served.ttft, served.e2e) {
@@ -56,11 +56,14 @@ fn conserved(workload: &Workload, outcome: &Outcome) {
                 assert!(ttft <= e2e, "{served:?}");
                 gaps += u64::from(request.output) - 1;
             }
-            (_, None) => assert!(!served.good && served.ttft.is_none(), "{served:?}"),
+            (_, None) => {
+                assert!(!served.good && served.ttft.is_none(), "{served:?}");
+                assert!(matches!(served.fate, Some(Fate::Refused | Fate::Failed)), "{served:?}");
+            }
             (None, Some(_)) => panic!("served without a first token: {served:?}"),
         }
     }
-    if outcome.refused() == 0 {
+    if outcome.served() == workload.len() {
         assert_eq!(outcome.itl.total(), gaps);
     }
     for used in &outcome.nodes {
