@@ -3,6 +3,7 @@
 
 mod capacity;
 mod client;
+mod handover_cost;
 mod overload;
 mod replay;
 
@@ -24,6 +25,8 @@ enum Load {
     Replay(replay::Options),
     /// Three times what the cluster can serve
     Overload(overload::Options),
+    /// The whole time of a request that is handed over against one that is not, by turns
+    HandoverCost(handover_cost::Options),
 }
 
 #[tokio::main]
@@ -32,5 +35,6 @@ async fn main() -> Result<()> {
         Load::Capacity(options) => capacity::run(options).await,
         Load::Replay(options) => replay::run(options).await,
         Load::Overload(options) => overload::run(options).await,
+        Load::HandoverCost(options) => handover_cost::run(options).await,
     }
 }
