@@ -3,7 +3,9 @@
 
 mod capacity;
 mod client;
+mod goodput;
 mod handover_cost;
+mod interference;
 mod overload;
 mod replay;
 
@@ -25,6 +27,10 @@ enum Load {
     Replay(replay::Options),
     /// Three times what the cluster can serve
     Overload(overload::Options),
+    /// The highest rate at which any OpenAI-compatible server keeps an SLO
+    Goodput(goodput::Options),
+    /// The gaps of steady streams of any such server, without and with long prompts beside them
+    Interference(interference::Options),
     /// The whole time of a request that is handed over against one that is not, by turns
     HandoverCost(handover_cost::Options),
 }
@@ -35,6 +41,8 @@ async fn main() -> Result<()> {
         Load::Capacity(options) => capacity::run(options).await,
         Load::Replay(options) => replay::run(options).await,
         Load::Overload(options) => overload::run(options).await,
+        Load::Goodput(options) => goodput::run(options).await,
+        Load::Interference(options) => interference::run(options).await,
         Load::HandoverCost(options) => handover_cost::run(options).await,
     }
 }

@@ -230,8 +230,10 @@ impl Pieces {
         let ends = !choice["finish_reason"].is_null();
         self.finished |= ends;
         let is_empty = choice["text"].as_str().unwrap_or_default().is_empty();
-        // A last piece without text only says why it ends; one with text has the last tokens.
-        if !(ends && is_empty) {
+        // A last piece without text only says why it ends, unless its count shows that tokens without text came with it.
+        let told = self.came.last().and_then(|(_, before)| *before);
+        let counts_more = matches!((told, so_far), (Some(before), Some(now)) if now > before);
+        if !(ends && is_empty) || counts_more {
             self.came.push((at, so_far));
         }
         Ok(())
