@@ -221,3 +221,26 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
     }
     Ok(())
 }
+
+/// KV in 8 bits: what is handed over is what would have stood there.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_in_8_bits_is_handed_over_as_it_is() -> Result<()> {
+    let model = model_path().display().to_string();
+    let mut prompts = campaign();
+    prompts.truncate(if long_campaign() { 40 } else { 4 });
+    let flags = ["--kv-dtype", "q8"];
+    let colocated = Cluster::start(ClusterOptions::colocated(&model).node_flags(&flags)).await?;
+    let asks = asks(&colocated, &prompts).await?;
+    let reference = run(&colocated, &asks, 1).await?;
+    compare("8 bits, four at once", &reference, &run(&colocated, &asks, 4).await?)?;
+    drop(colocated);
+    for (transport, chunk) in [("tcp", "16"), ("shm", "256")] {
+        let more = ["--transports", transport, "--chunk-tokens", chunk];
+        let options = ClusterOptions::pair(&model).node_flags(&flags).node_flags(&more);
+        let pair = Cluster::start(options).await?;
+        let name = format!("8 bits, handed over by {transport}, chunks of {chunk}");
+        compare(&name, &reference, &run(&pair, &asks, 2).await?)?;
+        pair.wait_idle(Duration::from_secs(10)).await?;
+    }
+    Ok(())
+}

@@ -5,7 +5,8 @@
 
 use anyhow::{Context, Result};
 use baton_engine::{Activations, Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
-use baton_types::{ArenaView, BlockId, KvDtype};
+use baton_node_host::KvDtypeFlag;
+use baton_types::{ArenaView, BlockId};
 use clap::Parser;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -28,6 +29,9 @@ struct Options {
     /// Activations in f32 also where weights are quantised.
     #[arg(long)]
     exact: bool,
+    /// Element type of KV.
+    #[arg(long, value_enum, default_value = "f16")]
+    kv_dtype: KvDtypeFlag,
     /// Tokens of one prefill step.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
@@ -73,7 +77,7 @@ fn main() -> Result<()> {
     let begun = Instant::now();
     let load_options = LoadOptions {
         threads: options.threads,
-        kv_dtype: KvDtype::F16,
+        kv_dtype: options.kv_dtype.into(),
         isa: options.isa,
         activations: if options.exact {
             Activations::F32
@@ -93,7 +97,7 @@ fn main() -> Result<()> {
         .max()
         .unwrap_or(0)
         + 64;
-    let geometry = backend.config().kv_geometry(BLOCK_TOKENS, KvDtype::F16);
+    let geometry = backend.config().kv_geometry(BLOCK_TOKENS, options.kv_dtype.into());
     let per_sequence = geometry.blocks_for(deepest);
     let arena = ArenaView::on_heap(geometry, per_sequence * sequences);
     let block = |i: usize| u32::try_from(i).map(BlockId).context("too many blocks");

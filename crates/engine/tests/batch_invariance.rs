@@ -92,6 +92,7 @@ fn small_models_on_every_path() {
         let vocab = model["config"]["vocab_size"].as_u64().unwrap() as u32;
         for isa in paths() {
             check_small(folder.path(), vocab, KvDtype::F16, isa);
+            check_small(folder.path(), vocab, KvDtype::Q8, isa);
         }
         check_small(folder.path(), vocab, KvDtype::Bf16, Isa::best());
         check_small(folder.path(), vocab, KvDtype::F32, Isa::best());
@@ -107,12 +108,12 @@ fn a_long_context_on_every_path() {
     let folder = tempfile::tempdir().unwrap();
     random_model::write(folder.path(), &model);
     let prompt = tokens(9, LONG, model["config"]["vocab_size"].as_u64().unwrap() as u32);
-    for isa in paths() {
-        let mut rig = Rig::new(folder.path(), &options(2, KvDtype::F16, Some(isa)), 2 * LONG);
+    for (isa, dtype) in paths().flat_map(|isa| [(isa, KvDtype::F16), (isa, KvDtype::Q8)]) {
+        let mut rig = Rig::new(folder.path(), &options(2, dtype, Some(isa)), 2 * LONG);
         let first = rig.run(&prompt, &[512], WantedLogits::All);
         for chunks in [&[LONG][..], &[LONG / 2 - 20, 1, 8, 9, 3], &[33]] {
             let rows = rig.run(&prompt, chunks, WantedLogits::All);
-            assert_bits(&format!("{isa}: chunks of {chunks:?}"), &rows, &first);
+            assert_bits(&format!("{isa} {dtype:?}: chunks of {chunks:?}"), &rows, &first);
         }
     }
 }
@@ -150,6 +151,8 @@ fn the_real_model() {
         let len = if isa == Isa::Portable { 50 } else { 150 };
         let int8 = |threads| options(threads, KvDtype::F16, Some(isa));
         check_real(int8, &format!("{isa}"), len);
+        let q8 = |threads| options(threads, KvDtype::Q8, Some(isa));
+        check_real(q8, &format!("{isa}, KV in 8 bits"), len / 2);
         if isa != Isa::Portable {
             let exact = |threads| exact_options(threads, KvDtype::F16, Some(isa));
             check_real(exact, &format!("{isa}, activations in f32"), len);

@@ -16,7 +16,9 @@ const TOLERANCE_F16: f64 = 0.05;
 const TOLERANCE_F32: f64 = 0.0005;
 /// Relative difference of the perplexity.
 const TOLERANCE_PERPLEXITY: f64 = 0.01;
-/// As that, with activations in 8 bits: 0.005 to 0.007, by the order of additions alone.
+/// Relative difference that KV in 8 bits makes: 0.0007 where all else is exact.
+const TOLERANCE_KV: f64 = 0.005;
+/// As the first, with activations in 8 bits: 0.005 to 0.007, by the order of additions alone.
 const TOLERANCE_INT8: f64 = 0.01;
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -97,7 +99,8 @@ fn perplexity_ratio(options: &LoadOptions) -> f64 {
     let reference = golden["text"]["nll"].as_f64().unwrap();
     let ratio = (loss - reference).exp();
     println!(
-        "activations {:?}: perplexity {:.4}, reference {:.4}, ratio {ratio:.6}",
+        "KV {:?}, activations {:?}: perplexity {:.4}, reference {:.4}, ratio {ratio:.6}",
+        options.kv_dtype,
         options.activations,
         loss.exp(),
         reference.exp()
@@ -121,4 +124,12 @@ fn activations_in_8_bits_cost_little_perplexity() {
         (ratio - 1.0).abs() < TOLERANCE_INT8,
         "perplexity is {ratio} times the reference's"
     );
+}
+
+#[test]
+fn kv_in_8_bits_costs_little_perplexity() {
+    let [half, eight] = [KvDtype::F16, KvDtype::Q8].map(|dtype| perplexity_ratio(&options(0, dtype, None)));
+    let cost = eight / half - 1.0;
+    println!("KV in 8 bits: perplexity {:+.3}%", 100.0 * cost);
+    assert!(cost.abs() < TOLERANCE_KV, "KV in 8 bits costs {cost} of the perplexity");
 }

@@ -19,6 +19,8 @@ pub enum KvDtypeFlag {
     Bf16,
     /// IEEE single precision.
     F32,
+    /// Eight-bit integers with a scale per row: half the memory and hand-over of f16, and slightly other tokens.
+    Q8,
 }
 
 impl From<KvDtypeFlag> for KvDtype {
@@ -27,6 +29,7 @@ impl From<KvDtypeFlag> for KvDtype {
             KvDtypeFlag::F16 => Self::F16,
             KvDtypeFlag::Bf16 => Self::Bf16,
             KvDtypeFlag::F32 => Self::F32,
+            KvDtypeFlag::Q8 => Self::Q8,
         }
     }
 }
@@ -52,7 +55,7 @@ pub struct NodeOptions {
     /// Tokens per KV block; the same on all nodes of a model
     #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "KV cache")]
     pub block_tokens: u32,
-    /// Element type of KV; the same on all nodes of a model
+    /// Element type of KV; the same on all nodes of a model. q8 takes half the memory and hand-over of f16
     #[arg(
         long,
         value_name = "TYPE",

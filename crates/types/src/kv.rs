@@ -13,20 +13,43 @@ pub enum KvDtype {
     Bf16,
     /// IEEE single precision.
     F32,
+    /// Eight-bit integers; each row (one token's key or value of one head) has a scale in half precision.
+    Q8,
 }
 
 impl KvDtype {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
+            Self::Q8 => 1,
             Self::F16 | Self::Bf16 => 2,
             Self::F32 => 4,
         }
     }
+
+    /// Bytes of one row's scale; 0 where rows have none.
+    pub fn scale_bytes(self) -> usize {
+        match self {
+            Self::Q8 => 2,
+            Self::F16 | Self::Bf16 | Self::F32 => 0,
+        }
+    }
 }
 
-/// The shape of one model's KV. Block-major layout: `[block][layer][k|v][kv_head][token][head_dim]`: one block of all
+/// Keys or values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvPart {
+    /// Keys, rotated.
+    Key,
+    /// Values.
+    Value,
+}
+
+/// The shape of one model's KV. Block-major layout, `[block][layer][k|v][kv_head]` and then a lane: one block of all
 /// layers is one contiguous extent; one layer of it is a contiguous part of that extent.
+///
+/// A lane of keys is `[head_dim][token]`, so that attention finds the same element of neighbouring tokens side by side; a
+/// lane of values is `[token][head_dim]`. Behind them stand the lane's scales, `[token]`, where the type has any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct KvGeometry {
     /// Transformer layers.
@@ -54,9 +77,33 @@ pub struct GeometryMismatch {
 }
 
 impl KvGeometry {
-    /// Bytes of one head's keys (or values) of one layer in one block: `(block_tokens, head_dim)` elements.
+    /// Bytes of a lane: one head's keys (or values) of one layer in one block, `(block_tokens, head_dim)` elements and
+    /// their scales.
     pub fn head_bytes(&self) -> usize {
-        self.block_tokens as usize * self.head_dim as usize * self.dtype.bytes()
+        self.block_tokens as usize * (self.head_dim as usize * self.dtype.bytes() + self.dtype.scale_bytes())
+    }
+
+    /// First byte of a lane within its block.
+    pub fn lane_at(&self, layer: usize, part: KvPart, head: usize) -> usize {
+        let heads_before = match part {
+            KvPart::Key => 0,
+            KvPart::Value => self.kv_heads as usize,
+        };
+        layer * self.layer_bytes() + (heads_before + head) * self.head_bytes()
+    }
+
+    /// First byte, within its lane, of element `dim` of the token in `slot`.
+    pub fn element_at(&self, part: KvPart, slot: usize, dim: usize) -> usize {
+        let element = match part {
+            KvPart::Key => dim * self.block_tokens as usize + slot,
+            KvPart::Value => slot * self.head_dim as usize + dim,
+        };
+        element * self.dtype.bytes()
+    }
+
+    /// First byte, within its lane, of the scale of the token in `slot`.
+    pub fn scale_at(&self, slot: usize) -> usize {
+        self.block_tokens as usize * self.head_dim as usize * self.dtype.bytes() + slot * self.dtype.scale_bytes()
     }
 
     /// Bytes of one layer, keys and values, of one block.
@@ -138,6 +185,46 @@ mod tests {
         assert_eq!(SMOL.blocks_for(0), 0);
         assert_eq!(SMOL.blocks_for(16), 1);
         assert_eq!(SMOL.blocks_for(17), 2);
+    }
+
+    #[test]
+    fn eight_bits_take_half_and_the_scales() {
+        let q8 = KvGeometry {
+            dtype: KvDtype::Q8,
+            ..SMOL
+        };
+        assert_eq!(q8.head_bytes(), 16 * 64 + 16 * 2);
+        assert_eq!((q8.block_bytes(), q8.token_bytes()), (190_080, 11_880));
+        assert_eq!(q8.check_same(&SMOL).map_err(|e| e.field), Err("dtype"));
+    }
+
+    #[test]
+    fn the_elements_of_a_block_do_not_overlap() {
+        for dtype in [KvDtype::F16, KvDtype::F32, KvDtype::Q8] {
+            let small = KvGeometry {
+                layers: 2,
+                kv_heads: 3,
+                head_dim: 6,
+                block_tokens: 5,
+                dtype,
+            };
+            let mut taken = vec![0; small.block_bytes()];
+            for (layer, head, part) in (0..2)
+                .flat_map(|layer| (0..3).map(move |head| (layer, head)))
+                .flat_map(|(layer, head)| [KvPart::Key, KvPart::Value].map(|part| (layer, head, part)))
+            {
+                let lane = small.lane_at(layer, part, head);
+                for slot in 0..5 {
+                    let elements = (0..6).map(|dim| (small.element_at(part, slot, dim), dtype.bytes()));
+                    for (at, len) in elements.chain([(small.scale_at(slot), dtype.scale_bytes())]) {
+                        taken[lane + at..lane + at + len]
+                            .iter_mut()
+                            .for_each(|count| *count += 1);
+                    }
+                }
+            }
+            assert!(taken.iter().all(|count| *count == 1), "{dtype:?}");
+        }
     }
 
     #[test]

@@ -17,6 +17,6 @@ pub use budget::Budget;
 pub use id::{
     Attempt, BlockId, Epoch, Instance, ModelFingerprint, NodeId, ParseIdError, RequestId, Ticket, fill_random,
 };
-pub use kv::{BlockCounts, GeometryMismatch, KvDtype, KvGeometry};
+pub use kv::{BlockCounts, GeometryMismatch, KvDtype, KvGeometry, KvPart};
 pub use request::{FinishReason, NodeRole, NodeState, TokenLogprobs, Work};
 pub use sampling::{InvalidSampling, SamplingParams};

@@ -219,6 +219,7 @@ pub(super) fn geometry_out(geometry: &KvGeometry) -> Geometry {
         KvDtype::F16 => Dtype::F16,
         KvDtype::Bf16 => Dtype::Bf16,
         KvDtype::F32 => Dtype::F32,
+        KvDtype::Q8 => Dtype::Q8,
     };
     Geometry {
         layers: geometry.layers,
@@ -234,6 +235,7 @@ pub(super) fn geometry_in(geometry: &Geometry) -> Result<KvGeometry, Meaningless
         Ok(Dtype::F16) => KvDtype::F16,
         Ok(Dtype::Bf16) => KvDtype::Bf16,
         Ok(Dtype::F32) => KvDtype::F32,
+        Ok(Dtype::Q8) => KvDtype::Q8,
         Ok(Dtype::Unspecified) | Err(_) => return Err(Meaningless { field: "dtype" }),
     };
     Ok(KvGeometry {

@@ -218,6 +218,11 @@ mod tests {
         for result in shake(&identity(1), &other, 2).await {
             assert_eq!(refused_field(&result), Some("block_tokens"));
         }
+        let mut other = identity(2);
+        other.geometry.dtype = KvDtype::Q8;
+        for result in shake(&identity(1), &other, 2).await {
+            assert_eq!(refused_field(&result), Some("dtype"));
+        }
         let other = Identity {
             fingerprint: ModelFingerprint([4; 32]),
             ..identity(2)

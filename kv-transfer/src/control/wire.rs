@@ -39,9 +39,11 @@ pub(super) struct Geometry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
 pub(super) enum Dtype {
     Unspecified = 0,
-    F16 = 1,
-    Bf16 = 2,
-    F32 = 3,
+    // 1 to 3 were the first three where a lane of keys was `[token][head_dim]`: such a peer is refused.
+    F16 = 4,
+    Bf16 = 5,
+    F32 = 6,
+    Q8 = 7,
 }
 
 /// One message. `from` and `to` are process instances.

@@ -103,7 +103,7 @@ mod tests {
             transfer in prop::collection::vec(any::<String>(), 0..3),
             fingerprint in any::<[u8; 32]>(),
             shape in any::<(u32, u32, u32, u32)>(),
-            choice in (0usize..3, 0usize..3, any::<bool>(), any::<bool>()),
+            choice in (0usize..3, 0usize..4, any::<bool>(), any::<bool>()),
         ) -> NodeRecord {
             NodeRecord {
                 node_id: NodeId::new(node_id),
@@ -121,7 +121,7 @@ mod tests {
                     kv_heads: shape.1,
                     head_dim: shape.2,
                     block_tokens: shape.3,
-                    dtype: [KvDtype::F16, KvDtype::Bf16, KvDtype::F32][choice.1],
+                    dtype: [KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Q8][choice.1],
                 },
                 host_id: texts.0,
                 build: texts.1,

@@ -9,11 +9,11 @@
 use super::interface::{Backend, Slice, StepObserver, StepOutput, WantedLogits};
 use crate::error::StepError;
 use crate::model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
-use baton_types::{ArenaView, BlockId, KvGeometry, ModelFingerprint, NumericsId};
+use baton_types::{ArenaView, BlockId, KvGeometry, KvPart, ModelFingerprint, NumericsId};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Bytes of a slot that carry its digest; a slot (one token's key or value of one head) is at least as long.
+/// Bytes of a slot (one token's key or value of one head) that carry its digest, where it has so many.
 const MARK: usize = 8;
 /// Drawn tokens are printable ASCII where the vocabulary has it: ids of the stub's byte tokenizer.
 const PRINTABLE: std::ops::Range<u64> = 32..127;
@@ -197,21 +197,22 @@ fn mix(state: u64, value: u64) -> u64 {
 /// One row of slots: the keys or the values of one head in one layer.
 #[derive(Clone, Copy)]
 struct Lane {
-    /// Bytes from a block's start to the lane's first slot.
+    /// Bytes from a block's start to the lane's.
     offset: usize,
+    part: KvPart,
     /// Where its chain of digests begins.
     seed: u64,
 }
 
 /// The lanes of one layer.
 fn lanes(geometry: &KvGeometry, layer: usize, weights: u64) -> impl Iterator<Item = Lane> {
-    let head_bytes = geometry.head_bytes();
-    let per_layer = 2 * geometry.kv_heads as usize;
-    (0..per_layer).map(move |lane| {
-        let number = layer * per_layer + lane;
+    let (geometry, heads) = (*geometry, geometry.kv_heads as usize);
+    (0..2 * heads).map(move |lane| {
+        let part = [KvPart::Key, KvPart::Value][lane / heads];
         Lane {
-            offset: number * head_bytes,
-            seed: mix(weights, number as u64),
+            offset: geometry.lane_at(layer, part, lane % heads),
+            part,
+            seed: mix(weights, (layer * 2 * heads + lane) as u64),
         }
     })
 }
@@ -305,62 +306,65 @@ fn read(arena: &ArenaView, block: BlockId, offset: usize, out: &mut [u8]) {
     debug_assert!(read.is_ok(), "checked before");
 }
 
-fn read_mark(arena: &ArenaView, block: BlockId, offset: usize) -> u64 {
+/// Where the bytes of a slot's mark stand, seen from its lane's start: elements, each in ascending order of bytes. Eight
+/// bytes, or fewer where a slot is shorter.
+fn places(geometry: &KvGeometry, part: KvPart, slot: usize) -> impl Iterator<Item = usize> {
+    let (geometry, width) = (*geometry, geometry.dtype.bytes());
+    (0..(MARK / width).min(geometry.head_dim as usize)).flat_map(move |dim| {
+        let at = geometry.element_at(part, slot, dim);
+        at..at + width
+    })
+}
+
+/// The mark in `slot` of a lane, of which `byte` gives the bytes.
+fn mark(geometry: &KvGeometry, part: KvPart, slot: usize, mut byte: impl FnMut(usize) -> u8) -> u64 {
     let mut bytes = [0; MARK];
-    read(arena, block, offset, &mut bytes);
+    for (out, at) in bytes.iter_mut().zip(places(geometry, part, slot)) {
+        *out = byte(at);
+    }
     u64::from_le_bytes(bytes)
-}
-
-fn write_mark(arena: &ArenaView, block: BlockId, offset: usize, mark: u64) {
-    // SAFETY: the caller of `step` owns the slice's blocks from `start` on for writing; the range was checked.
-    let written = unsafe { arena.write(block, offset, &mark.to_le_bytes()) };
-    debug_assert!(written.is_ok(), "checked before");
-}
-
-/// Byte offset of the slot of `position` within its block, seen from its lane's start.
-fn slot(geometry: &KvGeometry, position: usize) -> usize {
-    position % geometry.block_tokens as usize * geometry.head_dim as usize * geometry.dtype.bytes()
 }
 
 fn write_lane(arena: &ArenaView, slice: &Slice<'_>, lane: Lane) {
     let geometry = arena.geometry();
-    let place = |position: usize| {
-        (
-            slice.blocks[position / geometry.block_tokens as usize],
-            lane.offset + slot(geometry, position),
-        )
+    let block_tokens = geometry.block_tokens as usize;
+    let read_byte = |block, at| {
+        let mut byte = [0];
+        read(arena, block, lane.offset + at, &mut byte);
+        byte[0]
     };
-    let mut mark = match slice.start.checked_sub(1) {
+    let mut last = match slice.start.checked_sub(1) {
         None => lane.seed,
         Some(before) => {
-            let (block, offset) = place(before);
-            read_mark(arena, block, offset)
+            let block = slice.blocks[before / block_tokens];
+            mark(geometry, lane.part, before % block_tokens, |at| read_byte(block, at))
         }
     };
     for (token, position) in slice.tokens.iter().zip(slice.start..) {
-        mark = mix(mark, u64::from(*token));
-        let (block, offset) = place(position);
-        write_mark(arena, block, offset, mark);
+        let (block, slot) = (slice.blocks[position / block_tokens], position % block_tokens);
+        let bytes = mix(last, u64::from(*token)).to_le_bytes();
+        last = 0;
+        for (i, (byte, at)) in bytes.into_iter().zip(places(geometry, lane.part, slot)).enumerate() {
+            // SAFETY: the caller of `step` owns the slice's blocks from `start` on for writing; the range was checked.
+            let written = unsafe { arena.write(block, lane.offset + at, &[byte]) };
+            debug_assert!(written.is_ok(), "checked before");
+            last |= u64::from(byte) << (8 * i);
+        }
     }
 }
 
 /// Digest of every slot of the first `end` positions, as the arena has them now.
 fn digest(arena: &ArenaView, blocks: &[BlockId], end: usize, weights: u64) -> u64 {
     let geometry = arena.geometry();
-    let stride = geometry.head_dim as usize * geometry.dtype.bytes();
     let block_tokens = geometry.block_tokens as usize;
     let mut lane_bytes = vec![0; geometry.head_bytes()];
     let mut state = weights;
     for layer in 0..geometry.layers as usize {
         for lane in lanes(geometry, layer, weights) {
             for (ordinal, block) in blocks[..geometry.blocks_for(end)].iter().enumerate() {
-                let slots = block_tokens.min(end - ordinal * block_tokens);
-                let filled = &mut lane_bytes[..slots * stride];
-                read(arena, *block, lane.offset, filled);
-                for slot in filled.chunks_exact(stride) {
-                    let mut mark = [0; MARK];
-                    mark.copy_from_slice(&slot[..MARK]);
-                    let mark = u64::from_le_bytes(mark);
+                read(arena, *block, lane.offset, &mut lane_bytes);
+                for slot in 0..block_tokens.min(end - ordinal * block_tokens) {
+                    let mark = mark(geometry, lane.part, slot, |at| lane_bytes[at]);
                     state = state.rotate_left(5).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ mark;
                 }
             }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::guards::BlockTable;
-use baton_types::{ArenaView, OutOfArena};
+use baton_types::{ArenaView, KvPart, OutOfArena};
 
 impl BlockTable {
     /// Zeroes the slots from token `filled` on in the block that holds that token, in every layer. Does nothing where
@@ -24,13 +24,23 @@ impl BlockTable {
         else {
             return Ok(());
         };
-        let slot_bytes = geometry.head_bytes() / block_tokens;
-        let zeros = vec![0; (block_tokens - slots) * slot_bytes];
-        for lane in 0..2 * geometry.kv_heads as usize * geometry.layers as usize {
-            let offset = lane * geometry.head_bytes() + slots * slot_bytes;
-            // SAFETY: the table references the block and did not share it (it is beyond the held ones and has no identity
-            // while it is partial), so nobody else reads or writes it; the caller computes nothing in it meanwhile.
-            unsafe { arena.write(block, offset, &zeros)? };
+        let lane_bytes = geometry.head_bytes();
+        let zeros = vec![0; lane_bytes];
+        let (width, scale_width) = (geometry.dtype.bytes(), geometry.dtype.scale_bytes());
+        let empty = block_tokens - slots;
+        for lane in 0..2 * (geometry.kv_heads * geometry.layers) as usize {
+            let keys = lane / geometry.kv_heads as usize % 2 == 0;
+            // A lane of keys has the empty slots at the end of each of its rows.
+            let (rows, part, row_bytes) = match keys {
+                true => (geometry.head_dim as usize, KvPart::Key, empty * width),
+                false => (1, KvPart::Value, empty * geometry.head_dim as usize * width),
+            };
+            let elements = (0..rows).map(|dim| (geometry.element_at(part, slots, dim), row_bytes));
+            for (at, len) in elements.chain([(geometry.scale_at(slots), empty * scale_width)]) {
+                // SAFETY: the table references the block and did not share it (it is beyond the held ones and has no
+                // identity while it is partial), so nobody else reads or writes it; the caller computes nothing in it.
+                unsafe { arena.write(block, lane * lane_bytes + at, &zeros[..len])? };
+            }
         }
         Ok(())
     }

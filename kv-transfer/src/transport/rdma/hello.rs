@@ -127,6 +127,7 @@ impl Hello {
             KvDtype::F16 => 1,
             KvDtype::Bf16 => 2,
             KvDtype::F32 => 3,
+            KvDtype::Q8 => 4,
         };
         Self {
             from: ours.instance.0,
@@ -154,6 +155,7 @@ impl Hello {
             1 => KvDtype::F16,
             2 => KvDtype::Bf16,
             3 => KvDtype::F32,
+            4 => KvDtype::Q8,
             _ => return Err(NoHello::Malformed),
         };
         Ok(KvGeometry {

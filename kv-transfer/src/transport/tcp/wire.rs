@@ -118,6 +118,7 @@ impl Hello {
             KvDtype::F16 => 0,
             KvDtype::Bf16 => 1,
             KvDtype::F32 => 2,
+            KvDtype::Q8 => 3,
         };
         let verdict = match self.verdict {
             Verdict::Asking => 0,
@@ -156,6 +157,7 @@ impl Hello {
             0 => KvDtype::F16,
             1 => KvDtype::Bf16,
             2 => KvDtype::F32,
+            3 => KvDtype::Q8,
             other => return Err(field("element type", other)),
         };
         let verdict = match verdict {

@@ -3,7 +3,7 @@
 //! All tokens of all slices stand in one list; only positions, blocks and attention know which sequence a token is of.
 
 use super::activations::{add_bias, rms_norm, rms_norm_in_place};
-use super::arena::{KvHead, KvPart, write_token};
+use super::arena::{KvLayer, write_token};
 use super::check::check;
 use super::isa::Isa;
 use super::kernels::{AttentionUnit, Kernels, LANES, SEGMENT, partial_len};
@@ -14,17 +14,19 @@ use crate::backend::{Backend, Slice, StepObserver, StepOutput, WantedLogits};
 use crate::error::{LoadError, StepError};
 use crate::load::{Checkpoint, LoadOptions};
 use crate::model::{ModelConfig, RopeTable};
-use baton_types::{ArenaView, BlockId, KvDtype, ModelFingerprint, NumericsId};
+use baton_types::{ArenaView, BlockId, KvDtype, KvPart, ModelFingerprint, NumericsId};
 use std::ops::{ControlFlow, Range};
 
 /// Raised with every change that can change a bit of the output.
-const KERNEL_REVISION: u32 = 3;
+const KERNEL_REVISION: u32 = 4;
 /// Tokens whose attention is one unit: their keys and values are read once.
 const QUERY_TILE: usize = 32;
 /// Tokens of a tile whose context is cut into parts.
 const FEW_TOKENS: usize = 8;
-/// Tokens of one unit of per-token work.
-const TOKEN_CHUNK: usize = 8;
+/// Units of attention per thread from which on they may be larger.
+const UNITS_PER_THREAD: usize = 4;
+/// Tokens of one unit of per-token work. As a block's usually: two threads that write into one block hinder each other.
+const TOKEN_CHUNK: usize = 16;
 /// Rows of logits computed at once, which bounds the room for them.
 const LOGIT_ROWS: usize = 48;
 
@@ -58,7 +60,7 @@ struct Buffers {
     y: PanelRows,
     /// Rotated queries: `(tokens, heads * head_dim)`.
     queries: Vec<f32>,
-    /// Attention's output: `(tile, kv_head, part, token of the tile, head of the group, partial_len)`.
+    /// Attention's output: `(tile, part, kv_head, token of the tile, head of the group, partial_len)`.
     attended: Vec<f32>,
 }
 
@@ -381,31 +383,42 @@ impl Engine {
             [config.q_width(), config.kv_heads, config.head_dim].map(|width| width as usize);
         let group = config.heads as usize / kv_heads;
         let len = partial_len(head_dim);
-        // A unit is one tile, one key/value head and one part of the context; its output is contiguous.
+        // A unit is one tile, one part of the context and one key/value head; its output is contiguous. Where there are
+        // units enough a part's heads stay together: what they have of a block lies side by side.
+        let parts: usize = plan.tiles.iter().map(|tile| tile.parts).sum();
+        let together = parts >= UNITS_PER_THREAD * pool.threads();
         let mut units = Vec::new();
         let mut bounds = vec![0];
         for tile in &plan.tiles {
-            for (head, part) in (0..kv_heads).flat_map(|head| (0..tile.parts).map(move |part| (head, part))) {
-                units.push((tile, head, part));
-                bounds.push((tile.before * kv_heads + (head * tile.parts + part + 1) * tile.tokens) * group * len);
+            let share = if together && tile.tokens <= FEW_TOKENS {
+                kv_heads
+            } else {
+                1
+            };
+            for (part, head) in
+                (0..tile.parts).flat_map(|part| (0..kv_heads).step_by(share).map(move |head| (part, head)))
+            {
+                let heads = head..head + share;
+                bounds.push((tile.before * kv_heads + (part * kv_heads + heads.end) * tile.tokens) * group * len);
+                units.push((tile, heads, part));
             }
         }
         buffers.attended.resize(bounds[units.len()], 0.0);
         let queries = &buffers.queries;
         pool.parts(&mut buffers.attended, &bounds, |unit, out, worker| {
-            let (tile, head, part) = units[unit];
+            let (tile, heads, part) = &units[unit];
             let start = plan.places[tile.first].position;
             scratch.with(worker, |scratch| {
                 kernels.attend(&mut AttentionUnit {
-                    kv: KvHead::new(arena, batch[tile.slice].blocks, layer, head),
+                    kv: KvLayer::new(arena, batch[tile.slice].blocks, layer),
+                    heads: heads.clone(),
                     q: &queries[tile.first * q_width..(tile.first + tile.tokens) * q_width],
                     q_stride: q_width,
-                    q_offset: head * group * head_dim,
                     group,
                     head_dim,
                     tokens: tile.tokens,
                     start,
-                    context: tile.context(part, start + tile.tokens),
+                    context: tile.context(*part, start + tile.tokens),
                     out,
                     scratch,
                 });
@@ -419,9 +432,9 @@ impl Engine {
                 let tile = &plan.tiles[plan.places[token].tile];
                 for (head, row) in row.chunks_exact_mut(head_dim).enumerate() {
                     let (head, of_group) = (head / group, head % group);
-                    let first = tile.before * kv_heads + head * tile.parts * tile.tokens + token - tile.first;
+                    let first = (tile.before * kv_heads + head * tile.tokens) + token - tile.first;
                     let partials = &attended[(first * group + of_group) * len..];
-                    kernels.combine(partials, tile.tokens * group * len, tile.parts, row);
+                    kernels.combine(partials, kv_heads * tile.tokens * group * len, tile.parts, row);
                 }
             });
         buffers.y.product(*kernels, pool, scratch, &matrices, &buffers.x);

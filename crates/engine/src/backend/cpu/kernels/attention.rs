@@ -1,4 +1,7 @@
-//! Causal attention of some consecutive tokens of one sequence, for the query heads that share one key/value head.
+//! Causal attention of some consecutive tokens of one sequence, for the query heads of some key/value heads.
+//!
+//! Few rows read keys and values where they lie; for many rows a context tile is turned into f32 once. Both do the same
+//! operations in the same order. Stored scales multiply scores and weights, so that elements are used as they are.
 //!
 //! The context is cut into segments of [`SEGMENT`] positions, walked in tiles of [`SPAN`] with an online softmax
 //! (Milakov and Gimelshein 2018); what segments give is put together in ascending order (as in flash-decoding). Both are
@@ -9,8 +12,9 @@
 
 use super::LANES;
 use super::simd::{Simd, fold};
-use super::stored::{load_keys, load_values};
-use crate::backend::cpu::arena::KvHead;
+use super::stored::{Eight, Half, InPlace, Tile, Unpacked, Where, in_place, load_keys, load_scales, load_values};
+use crate::backend::cpu::arena::KvLayer;
+use baton_types::{KvDtype, KvPart};
 use std::ops::Range;
 
 /// Positions of a context tile.
@@ -22,14 +26,14 @@ const ROWS: usize = 12;
 
 /// Attention of `tokens` tokens over the positions of `context` up to their own.
 pub(in crate::backend::cpu) struct AttentionUnit<'a> {
-    /// The sequence's keys and values of one head; holds `start + tokens` positions.
-    pub kv: KvHead<'a>,
-    /// Queries, rotated: `(tokens, q_stride)`, of which `group * head_dim` elements from `q_offset` are ours.
+    /// The sequence's keys and values of one layer; holds `start + tokens` positions.
+    pub kv: KvLayer<'a>,
+    /// Which key/value heads.
+    pub heads: Range<usize>,
+    /// Queries, rotated: `(tokens, q_stride)`.
     pub q: &'a [f32],
     /// Distance of two tokens in `q`.
     pub q_stride: usize,
-    /// First element of the group's first head.
-    pub q_offset: usize,
     /// Query heads per key/value head.
     pub group: usize,
     /// Elements per head.
@@ -40,7 +44,7 @@ pub(in crate::backend::cpu) struct AttentionUnit<'a> {
     pub start: usize,
     /// Which positions; begins at a multiple of [`SEGMENT`], ends at `start + tokens` or before.
     pub context: Range<usize>,
-    /// Sums that are not divided yet: `(tokens, group, partial_len)`, overwritten.
+    /// Sums that are not divided yet: `(heads, tokens, group, partial_len)`, overwritten.
     pub out: &'a mut [f32],
     /// Room; grown as needed.
     pub scratch: &'a mut Vec<f32>,
@@ -53,28 +57,32 @@ pub(in crate::backend::cpu) const fn partial_len(head_dim: usize) -> usize {
 
 /// The parts of a unit's scratch.
 struct Room<'a> {
-    /// Scaled queries: tiles of rows, each `(head_dim, width)`.
+    /// Scaled queries of each head: tiles of rows, each `(head_dim, width)`.
     q: &'a mut [f32],
     /// Keys of one context tile: `(head_dim, SPAN)`.
     keys: &'a mut [f32],
     /// Values of one context tile: `(SPAN, padded head_dim)`.
     values: &'a mut [f32],
+    /// Scales of both: `(2, SPAN)`.
+    scales: &'a mut [f32],
     /// Scores, then weights: `(rows of a tile, SPAN)`.
     scores: &'a mut [f32],
-    /// Partial results of one segment: `(rows, partial_len)`.
+    /// Partial results of one segment: `(heads, rows, partial_len)`.
     sums: &'a mut [f32],
 }
 
 impl<'a> Room<'a> {
-    fn new(scratch: &'a mut Vec<f32>, rows: usize, head_dim: usize) -> Self {
+    fn new(scratch: &'a mut Vec<f32>, heads: usize, rows: usize, head_dim: usize) -> Self {
         let dim = head_dim.next_multiple_of(LANES);
         let lens = [
-            rows.next_multiple_of(ROWS) * dim,
+            heads * rows.next_multiple_of(ROWS) * head_dim,
             dim * SPAN,
             SPAN * dim,
+            2 * SPAN,
             ROWS * SPAN,
-            rows * partial_len(head_dim),
+            heads * rows * partial_len(head_dim),
         ];
+        let lens = lens.map(|len| len.next_multiple_of(LANES));
         let need = lens.iter().sum::<usize>() + LANES;
         if scratch.len() < need {
             scratch.resize(need, 0.0);
@@ -84,13 +92,15 @@ impl<'a> Room<'a> {
         let (q, rest) = rest.split_at_mut(lens[0]);
         let (keys, rest) = rest.split_at_mut(lens[1]);
         let (values, rest) = rest.split_at_mut(lens[2]);
-        let (scores, rest) = rest.split_at_mut(lens[3]);
+        let (scales, rest) = rest.split_at_mut(lens[3]);
+        let (scores, rest) = rest.split_at_mut(lens[4]);
         Self {
             q,
             keys,
             values,
+            scales,
             scores,
-            sums: &mut rest[..lens[4]],
+            sums: &mut rest[..heads * rows * partial_len(head_dim)],
         }
     }
 }
@@ -105,6 +115,16 @@ const fn width(rows: usize) -> usize {
     }
 }
 
+/// What stays the same throughout a unit.
+#[derive(Clone, Copy)]
+struct Shape {
+    start: usize,
+    group: usize,
+    head_dim: usize,
+    /// Of one head.
+    rows: usize,
+}
+
 /// Runs one unit.
 ///
 /// # Safety
@@ -114,10 +134,27 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
     let (head_dim, group) = (unit.head_dim, unit.group);
     let len = partial_len(head_dim);
     let rows = unit.tokens * group;
-    assert!(unit.out.len() == rows * len && unit.context.start.is_multiple_of(SEGMENT));
+    let shape = Shape {
+        start: unit.start,
+        group,
+        head_dim,
+        rows,
+    };
+    let heads = unit.heads.len();
+    assert!(unit.out.len() == heads * rows * len && unit.context.start.is_multiple_of(SEGMENT));
     assert!(unit.context.end <= unit.start + unit.tokens);
-    let room = Room::new(unit.scratch, rows, head_dim);
-    pack_queries(unit.q, unit.q_stride, unit.q_offset, (rows, group, head_dim), room.q);
+    assert!(head_dim == unit.kv.geometry().head_dim as usize);
+    let mut room = Room::new(unit.scratch, heads, rows, head_dim);
+    let of_head = rows.next_multiple_of(ROWS) * head_dim;
+    for (head, q) in unit.heads.clone().zip(room.q.chunks_exact_mut(of_head)) {
+        pack_queries(
+            unit.q,
+            unit.q_stride,
+            head * group * head_dim,
+            (rows, group, head_dim),
+            q,
+        );
+    }
     unit.out.chunks_exact_mut(len).for_each(clear);
     // The next unit may be the next segment's.
     let end = unit.start + unit.tokens;
@@ -126,25 +163,16 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
         room.sums.chunks_exact_mut(len).for_each(clear);
         for context in (segment..until).step_by(SPAN) {
             let positions = SPAN.min(until - context);
-            // SAFETY: the parts of the room have the lengths that are read and written; the caller's promise.
-            unsafe {
-                load_keys::<S>(&unit.kv, context, positions, end, head_dim, room.keys);
-                load_values::<S>(&unit.kv, context, positions, end, head_dim, room.values);
-            }
-            for first in (0..rows).step_by(ROWS) {
-                let count = ROWS.min(rows - first);
-                // Positions of this tile that a row may see, by the row's token.
-                let visible = |row: usize| (unit.start + row / group + 1).saturating_sub(context).min(positions);
-                let seen = visible(first + count - 1);
-                if seen > 0 {
-                    let x = &room.q[first * head_dim..];
-                    let sums = &mut room.sums[first * len..(first + count) * len];
-                    // SAFETY: as above; `x` holds a tile of queries.
-                    unsafe {
-                        score::<S>(room.scores, count, seen, room.keys, x, head_dim);
-                        take::<S>(sums, room.scores, room.values, head_dim, |row| visible(first + row));
-                    }
-                }
+            // Heads within positions: what they have of a block lies side by side.
+            for (i, head) in unit.heads.clone().enumerate() {
+                let at = Where {
+                    head,
+                    context,
+                    positions,
+                    end,
+                };
+                // SAFETY: the parts of the room have the lengths that are read and written; the caller's promise.
+                unsafe { context_tile::<S>(&unit.kv, at, shape, i, &mut room) };
             }
         }
         for (out, part) in unit.out.chunks_exact_mut(len).zip(room.sums.chunks_exact(len)) {
@@ -153,6 +181,68 @@ pub(super) unsafe fn run<S: Simd>(unit: &mut AttentionUnit<'_>) {
             // SAFETY: both have `len` elements; the caller's promise.
             unsafe { merge::<S>(sums, &mut so_far, part) };
             (state[0], state[1]) = so_far;
+        }
+    }
+}
+
+/// One context tile of one head, the unit's `index`th.
+#[inline(always)]
+unsafe fn context_tile<S: Simd>(kv: &KvLayer<'_>, at: Where, shape: Shape, index: usize, room: &mut Room<'_>) {
+    let (keys, values) = room.scales.split_at_mut(SPAN);
+    // SAFETY: the caller's promise.
+    let scaled =
+        unsafe { load_scales::<S>(kv, KvPart::Key, at, keys) && load_scales::<S>(kv, KvPart::Value, at, values) };
+    let few = shape.rows <= ROWS && in_place(kv.geometry());
+    // SAFETY: each tile stands for the positions of `at`; the caller's promise.
+    unsafe {
+        match kv.geometry().dtype {
+            KvDtype::F16 if few => rows::<S, _>(InPlace::<Half>::new(kv, at), at, shape, index, (room, scaled)),
+            KvDtype::Q8 if few => rows::<S, _>(InPlace::<Eight>::new(kv, at), at, shape, index, (room, scaled)),
+            KvDtype::F16 | KvDtype::Q8 | KvDtype::Bf16 | KvDtype::F32 => {
+                load_keys::<S>(kv, at, room.keys);
+                load_values::<S>(kv, at, room.values);
+                let tile = Unpacked {
+                    keys: room.keys.as_ptr(),
+                    values: room.values.as_ptr(),
+                    dim: shape.head_dim.next_multiple_of(LANES),
+                };
+                rows::<S, _>(tile, at, shape, index, (room, scaled));
+            }
+        }
+    }
+}
+
+/// All rows of one head against one context tile.
+#[inline(always)]
+unsafe fn rows<S: Simd, T: Tile>(
+    tile: T,
+    at: Where,
+    shape: Shape,
+    index: usize,
+    (room, scaled): (&mut Room<'_>, bool),
+) {
+    let len = partial_len(shape.head_dim);
+    let q = &room.q[index * shape.rows.next_multiple_of(ROWS) * shape.head_dim..];
+    let sums = &mut room.sums[index * shape.rows * len..][..shape.rows * len];
+    let scales = scaled.then(|| room.scales.split_at(SPAN));
+    for first in (0..shape.rows).step_by(ROWS) {
+        let count = ROWS.min(shape.rows - first);
+        // Positions of this tile that a row may see, by the row's token.
+        let visible = |row: usize| {
+            let until = shape.start + row / shape.group + 1;
+            until.saturating_sub(at.context).min(at.positions)
+        };
+        let seen = visible(first + count - 1);
+        if seen > 0 {
+            let x = &q[first * shape.head_dim..];
+            let sums = &mut sums[first * len..(first + count) * len];
+            // SAFETY: `x` holds a tile of queries; the caller's promise.
+            unsafe {
+                score::<S, T>(room.scores, count, seen, tile, x, shape.head_dim);
+                take::<S, T>(sums, room.scores, scales, tile, shape.head_dim, |row| {
+                    visible(first + row)
+                });
+            }
         }
     }
 }
@@ -255,63 +345,66 @@ fn pack_queries(
 
 /// Scores of a tile of `count` rows at the first `seen` positions, rounded up.
 #[inline(always)]
-unsafe fn score<S: Simd>(scores: &mut [f32], count: usize, seen: usize, keys: &[f32], x: &[f32], head_dim: usize) {
-    assert!(x.len() >= width(count) * head_dim && keys.len() >= head_dim * SPAN && scores.len() >= ROWS * SPAN);
+unsafe fn score<S: Simd, T: Tile>(scores: &mut [f32], count: usize, seen: usize, tile: T, x: &[f32], head_dim: usize) {
+    assert!(x.len() >= width(count) * head_dim && scores.len() >= ROWS * SPAN && seen <= SPAN);
+    let (scores, x) = (scores.as_mut_ptr(), x.as_ptr());
     // SAFETY: the lengths above.
     unsafe {
         match width(count) {
-            1 => score_rows::<S, 1>(scores, seen, keys, x, head_dim),
-            2 => score_rows::<S, 2>(scores, seen, keys, x, head_dim),
-            3 => score_rows::<S, 3>(scores, seen, keys, x, head_dim),
-            4 => score_rows::<S, 4>(scores, seen, keys, x, head_dim),
-            6 => score_rows::<S, 6>(scores, seen, keys, x, head_dim),
-            8 => score_rows::<S, 8>(scores, seen, keys, x, head_dim),
-            _ => score_rows::<S, ROWS>(scores, seen, keys, x, head_dim),
+            1 => score_rows::<S, T, 1>(scores, seen, tile, x, head_dim),
+            2 => score_rows::<S, T, 2>(scores, seen, tile, x, head_dim),
+            3 => score_rows::<S, T, 3>(scores, seen, tile, x, head_dim),
+            4 => score_rows::<S, T, 4>(scores, seen, tile, x, head_dim),
+            6 => score_rows::<S, T, 6>(scores, seen, tile, x, head_dim),
+            8 => score_rows::<S, T, 8>(scores, seen, tile, x, head_dim),
+            _ => score_rows::<S, T, ROWS>(scores, seen, tile, x, head_dim),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn score_rows<S: Simd, const M: usize>(
-    scores: &mut [f32],
+unsafe fn score_rows<S: Simd, T: Tile, const M: usize>(
+    scores: *mut f32,
     seen: usize,
-    keys: &[f32],
-    x: &[f32],
+    tile: T,
+    x: *const f32,
     head_dim: usize,
 ) {
-    let mut at = 0;
-    while at < seen {
-        let (scores, keys) = (scores[at..].as_mut_ptr(), keys[at..].as_ptr());
-        // SAFETY: `at` is below SPAN, as a multiple of what is done at once; the caller's lengths.
+    let groups = seen.div_ceil(LANES);
+    let mut group = 0;
+    while group < groups {
+        // SAFETY: what is done at once ends at SPAN; the caller's lengths.
         unsafe {
-            if S::TILE == 12 && M <= 4 {
-                score_block::<S, M, 4>(scores, keys, x.as_ptr(), head_dim);
-                at += 4 * LANES;
-            } else if S::TILE == 12 {
-                score_block::<S, M, 2>(scores, keys, x.as_ptr(), head_dim);
-                at += 2 * LANES;
+            if S::TILE == 12 && M <= 4 && group + 2 < groups {
+                score_block::<S, T, M, 4>(scores, group, tile, x, head_dim);
+                group += 4;
+            } else if S::TILE == 12 && group + 1 < groups {
+                score_block::<S, T, M, 2>(scores, group, tile, x, head_dim);
+                group += 2;
             } else {
-                score_block::<S, M, 1>(scores, keys, x.as_ptr(), head_dim);
-                at += LANES;
+                score_block::<S, T, M, 1>(scores, group, tile, x, head_dim);
+                group += 1;
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn score_block<S: Simd, const M: usize, const N: usize>(
+unsafe fn score_block<S: Simd, T: Tile, const M: usize, const N: usize>(
     scores: *mut f32,
-    mut keys: *const f32,
+    group: usize,
+    tile: T,
     mut x: *const f32,
     head_dim: usize,
 ) {
-    // SAFETY: keys hold `(head_dim, SPAN)`, `x` holds `(head_dim, M)`, scores `(M, SPAN)`, from N vectors before the end on.
+    // SAFETY: the tile has `head_dim` elements of each position, `x` holds `(head_dim, M)`, scores `(M, SPAN)`.
     unsafe {
         let mut acc = [[S::splat(0.0); N]; M];
-        for _ in 0..head_dim {
+        for dim in 0..head_dim {
             let mut key = [S::splat(0.0); N];
             for (n, key) in key.iter_mut().enumerate() {
-                *key = S::load(keys.add(n * LANES));
+                *key = tile.key::<S>(dim, group + n);
+                tile.ahead_of_values::<S>(dim, group + n);
             }
             for (m, acc) in acc.iter_mut().enumerate() {
                 let x = S::splat(*x.add(m));
@@ -319,12 +412,11 @@ unsafe fn score_block<S: Simd, const M: usize, const N: usize>(
                     *acc = S::fma(key, x, *acc);
                 }
             }
-            keys = keys.add(SPAN);
             x = x.add(M);
         }
         for (m, acc) in acc.iter().enumerate() {
             for (n, acc) in acc.iter().enumerate() {
-                S::store(scores.add(m * SPAN + n * LANES), *acc);
+                S::store(scores.add(m * SPAN + (group + n) * LANES), *acc);
             }
         }
     }
@@ -332,10 +424,11 @@ unsafe fn score_block<S: Simd, const M: usize, const N: usize>(
 
 /// Turns scores of some rows into weights and adds the weighted values to the rows' partial results.
 #[inline(always)]
-unsafe fn take<S: Simd>(
+unsafe fn take<S: Simd, T: Tile>(
     sums: &mut [f32],
     scores: &mut [f32],
-    values: &[f32],
+    scales: Option<(&[f32], &[f32])>,
+    tile: T,
     head_dim: usize,
     visible: impl Fn(usize) -> usize,
 ) {
@@ -351,7 +444,7 @@ unsafe fn take<S: Simd>(
         let (mut maximum, mut total) = (state[0], state[1]);
         if visible(row) > 0 {
             // SAFETY: the caller's promise.
-            factors[row] = unsafe { soften::<S>(scores, visible(row), &mut maximum, &mut total) };
+            factors[row] = unsafe { soften::<S>(scores, visible(row), scales, (&mut maximum, &mut total)) };
         }
         (state[0], state[1]) = (maximum, total);
     }
@@ -368,19 +461,19 @@ unsafe fn take<S: Simd>(
             let mut done = 3;
             match rest {
                 6 => {
-                    weigh::<S, 6>(sums, factors, weights, 0..all, values, head_dim);
+                    weigh::<S, T, 6>(sums, factors, weights, 0..all, tile, head_dim);
                     done = 6;
                 }
-                3..=5 => weigh::<S, 3>(sums, factors, weights, 0..all, values, head_dim),
+                3..=5 => weigh::<S, T, 3>(sums, factors, weights, 0..all, tile, head_dim),
                 _ => {
-                    weigh::<S, 1>(sums, factors, weights, 0..all, values, head_dim);
+                    weigh::<S, T, 1>(sums, factors, weights, 0..all, tile, head_dim);
                     done = 1;
                 }
             }
             for i in 1..done {
                 if visible(row + i) > all {
                     let (sums, weights) = (sums.add(i * len), weights.add(i * SPAN));
-                    weigh::<S, 1>(sums, [1.0].as_ptr(), weights, all..visible(row + i), values, head_dim);
+                    weigh::<S, T, 1>(sums, [1.0].as_ptr(), weights, all..visible(row + i), tile, head_dim);
                 }
             }
             row += done;
@@ -390,10 +483,18 @@ unsafe fn take<S: Simd>(
 
 /// Turns a row's scores into weights against the new running maximum; gives the factor for what was summed before.
 #[inline(always)]
-unsafe fn soften<S: Simd>(scores: &mut [f32], visible: usize, maximum: &mut f32, total: &mut f32) -> f32 {
-    scores[visible..].fill(f32::NEG_INFINITY);
-    // SAFETY: the caller gives SPAN scores.
+unsafe fn soften<S: Simd>(
+    scores: &mut [f32],
+    visible: usize,
+    scales: Option<(&[f32], &[f32])>,
+    (maximum, total): (&mut f32, &mut f32),
+) -> f32 {
+    // SAFETY: the caller gives SPAN scores, and as many scales.
     unsafe {
+        if let Some((keys, _)) = scales {
+            times::<S>(scores, keys);
+        }
+        scores[visible..].fill(f32::NEG_INFINITY);
         let at = |i: usize| S::load(scores.as_ptr().add(i * LANES));
         let mut lanes = [0.0; LANES];
         S::store(lanes.as_mut_ptr(), S::max(S::max(at(0), at(1)), S::max(at(2), at(3))));
@@ -413,36 +514,50 @@ unsafe fn soften<S: Simd>(scores: &mut [f32], visible: usize, maximum: &mut f32,
         S::store(lanes.as_mut_ptr(), S::add(S::add(at(0), at(1)), S::add(at(2), at(3))));
         *total = *total * factor + fold(&lanes, |a, b| a + b);
         *maximum = new;
+        if let Some((_, values)) = scales {
+            times::<S>(scores, values);
+        }
         factor
+    }
+}
+
+/// Multiplies SPAN elements by as many scales.
+#[inline(always)]
+unsafe fn times<S: Simd>(elements: &mut [f32], scales: &[f32]) {
+    for (elements, scales) in elements.chunks_exact_mut(LANES).zip(scales.chunks_exact(LANES)) {
+        // SAFETY: sixteen elements each; the caller's promise.
+        unsafe {
+            let product = S::mul(S::load(elements.as_ptr()), S::load(scales.as_ptr()));
+            S::store(elements.as_mut_ptr(), product);
+        }
     }
 }
 
 /// `sums * factor + weights * values` of M rows, position by position.
 #[inline(always)]
-unsafe fn weigh<S: Simd, const M: usize>(
+unsafe fn weigh<S: Simd, T: Tile, const M: usize>(
     sums: *mut f32,
     factors: *const f32,
     weights: *const f32,
     positions: Range<usize>,
-    values: &[f32],
+    tile: T,
     head_dim: usize,
 ) {
     let dim = head_dim.next_multiple_of(LANES);
-    assert!(positions.end <= SPAN && values.len() >= SPAN * dim);
+    assert!(positions.end <= SPAN);
     let mut d = 0;
     // SAFETY: the caller gives M rows of partial results, factors and weights.
     unsafe {
         while d < dim {
-            let (sums, values) = (sums.add(d), values.as_ptr().add(d));
             let positions = positions.clone();
             if d + 4 * LANES <= dim && S::TILE == 12 {
-                columns::<S, M, 4>(sums, factors, weights, positions, values, dim);
+                columns::<S, T, M, 4>(sums, factors, weights, positions, tile, (d, dim));
                 d += 4 * LANES;
             } else if d + 2 * LANES <= dim {
-                columns::<S, M, 2>(sums, factors, weights, positions, values, dim);
+                columns::<S, T, M, 2>(sums, factors, weights, positions, tile, (d, dim));
                 d += 2 * LANES;
             } else {
-                columns::<S, M, 1>(sums, factors, weights, positions, values, dim);
+                columns::<S, T, M, 1>(sums, factors, weights, positions, tile, (d, dim));
                 d += LANES;
             }
         }
@@ -450,17 +565,18 @@ unsafe fn weigh<S: Simd, const M: usize>(
 }
 
 #[inline(always)]
-unsafe fn columns<S: Simd, const M: usize, const N: usize>(
+unsafe fn columns<S: Simd, T: Tile, const M: usize, const N: usize>(
     sums: *mut f32,
     factors: *const f32,
     weights: *const f32,
     positions: Range<usize>,
-    values: *const f32,
-    dim: usize,
+    tile: T,
+    (d, dim): (usize, usize),
 ) {
     let len = dim + LANES;
     // SAFETY: as `weigh`.
     unsafe {
+        let sums = sums.add(d);
         let mut acc = [[S::splat(0.0); N]; M];
         for (m, acc) in acc.iter_mut().enumerate() {
             let factor = S::splat(*factors.add(m));
@@ -469,9 +585,12 @@ unsafe fn columns<S: Simd, const M: usize, const N: usize>(
             }
         }
         for t in positions {
+            if d == 0 {
+                tile.ahead_of_keys::<S>(t);
+            }
             let mut value = [S::splat(0.0); N];
             for (n, value) in value.iter_mut().enumerate() {
-                *value = S::load(values.add(t * dim + n * LANES));
+                *value = tile.value::<S>(t, d + n * LANES);
             }
             for (m, acc) in acc.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(m * SPAN + t));

@@ -89,6 +89,20 @@ impl Simd for Neon {
         unsafe { from_array(Portable::load_bf16(from)) }
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::V {
+        unsafe {
+            let raw = vld1q_s8(from.cast());
+            let (low, high) = (vmovl_s8(vget_low_s8(raw)), vmovl_high_s8(raw));
+            let words = [
+                vmovl_s16(vget_low_s16(low)),
+                vmovl_high_s16(low),
+                vmovl_s16(vget_low_s16(high)),
+                vmovl_high_s16(high),
+            ];
+            each(|i| vcvtq_f32_s32(words[i]))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
         unsafe { from_array(Portable::load_bytes(from, shift)) }
     }

@@ -89,6 +89,12 @@ impl Simd for Portable {
         lanes(|i| bf16::from_le_bytes([raw[2 * i], raw[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::V {
+        // SAFETY: the caller gives 16 readable bytes.
+        let raw: [u8; LANES] = unsafe { bytes(from) };
+        lanes(|i| f32::from(raw[i].cast_signed()))
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
         // SAFETY: the caller gives 64 readable bytes.
         let raw: [u8; 4 * LANES] = unsafe { bytes(from) };

@@ -30,26 +30,12 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn add_exponent(v: Self::V, n: Self::V) -> Self::V;
     unsafe fn load_f16(from: *const u8) -> Self::V;
     unsafe fn load_bf16(from: *const u8) -> Self::V;
+    /// Sixteen signed bytes.
+    unsafe fn load_i8(from: *const u8) -> Self::V;
     /// Of each of sixteen words of 32 bits, the signed byte from bit `shift` on.
     unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V;
     /// Of each of sixteen words of 32 bits, the four bits from bit `shift` on.
     unsafe fn load_nibbles(from: *const u8, shift: u32) -> Self::V;
-
-    /// Turns sixteen rows of 32 f16: element `d` of row `t` goes to `to + d * stride + t`, as f32.
-    #[inline(always)]
-    unsafe fn turn_f16(rows: [*const u8; LANES], to: *mut f32, stride: usize) {
-        let mut row_lanes = [0.0; 2 * LANES];
-        for (t, row) in rows.into_iter().enumerate() {
-            // SAFETY: the caller gives 64 readable bytes in each row, and 32 times sixteen writable elements.
-            unsafe {
-                Self::store(row_lanes.as_mut_ptr(), Self::load_f16(row));
-                Self::store(row_lanes.as_mut_ptr().add(LANES), Self::load_f16(row.add(2 * LANES)));
-                for (d, x) in row_lanes.iter().enumerate() {
-                    *to.add(d * stride + t) = *x;
-                }
-            }
-        }
-    }
 
     /// Asks for the cache line at `at`, which may be any address.
     #[inline(always)]

@@ -1,139 +1,336 @@
-//! Keys and values of a context tile as they are stored, turned into f32 for attention.
+//! Keys and values of a context tile: as they are stored, or turned into f32 where many rows use them.
 
 #![allow(unsafe_code)]
 
 use super::LANES;
 use super::attention::SPAN;
 use super::simd::Simd;
-use crate::backend::cpu::arena::{KvHead, KvPart};
-use baton_types::KvDtype;
+use crate::backend::cpu::arena::KvLayer;
+use baton_types::{KvDtype, KvGeometry, KvPart};
 use half::{bf16, f16};
+use std::marker::PhantomData;
 
-/// Addresses of the rows of sixteen positions from `context` on, of which `count` exist; the others repeat the last.
-#[inline(always)]
-fn sixteen(kv: &KvHead<'_>, part: KvPart, context: usize, count: usize, row_bytes: usize) -> [*const u8; LANES] {
-    let mut rows = [std::ptr::null(); LANES];
-    let mut done = 0;
-    while done < count {
-        let (from, run) = kv.rows(part, context + done);
-        let run = run.min(count - done);
-        for (i, row) in rows[done..done + run].iter_mut().enumerate() {
-            *row = from.as_ptr().wrapping_add(i * row_bytes).cast_const();
-        }
-        done += run;
-    }
-    let last = rows[count - 1];
-    rows[count..].fill(last);
-    rows
+/// Groups of sixteen positions in a context tile.
+pub(super) const GROUPS: usize = SPAN / LANES;
+
+/// Keys and values of one context tile, in f32 without their scales.
+///
+/// # Safety
+/// As [`Simd`].
+pub(super) trait Tile: Copy {
+    /// Element `dim` of the keys of sixteen positions.
+    unsafe fn key<S: Simd>(&self, dim: usize, group: usize) -> S::V;
+    /// Sixteen elements from `dim` on of the value at `position`.
+    unsafe fn value<S: Simd>(&self, position: usize, dim: usize) -> S::V;
+    /// Called once for each element while scores of `group` are computed: the time to ask for values.
+    unsafe fn ahead_of_values<S: Simd>(&self, dim: usize, group: usize);
+    /// Called once for each position while values are summed: the time to ask for the next tile's keys.
+    unsafe fn ahead_of_keys<S: Simd>(&self, position: usize);
 }
 
-/// Keys of one context tile as f32, turned: `(head_dim, SPAN)`. What absent positions get is never looked at.
-#[inline(always)]
-pub(super) unsafe fn load_keys<S: Simd>(
-    kv: &KvHead<'_>,
-    context: usize,
-    positions: usize,
-    end: usize,
-    head_dim: usize,
-    out: &mut [f32],
-) {
-    let row_bytes = head_dim * kv.dtype().bytes();
-    let whole = head_dim - head_dim % (2 * LANES);
-    for at in (0..positions).step_by(LANES) {
-        let count = LANES.min(positions - at);
-        let rows = sixteen(kv, KvPart::Key, context + at, count, row_bytes);
+/// An element type that has sixteen lanes loaded at once.
+pub(super) trait Element: Copy {
+    /// Bytes.
+    const BYTES: usize;
+    unsafe fn load<S: Simd>(from: *const u8) -> S::V;
+}
+
+/// f16, and eight bits without their scale.
+#[derive(Clone, Copy)]
+pub(super) struct Half;
+#[derive(Clone, Copy)]
+pub(super) struct Eight;
+
+impl Element for Half {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u8) -> S::V {
         // SAFETY: the caller's promise.
-        unsafe { prefetch::<S>(kv, KvPart::Key, context + SPAN + at, end, row_bytes) };
-        // SAFETY: `sixteen` gives addresses of whole rows inside the arena; `out` holds `(head_dim, SPAN)`.
-        unsafe {
-            let mut done = 0;
-            if kv.dtype() == KvDtype::F16 {
-                for d in (0..whole).step_by(2 * LANES) {
-                    S::turn_f16(
-                        rows.map(|row| row.add(2 * d)),
-                        out.as_mut_ptr().add(d * SPAN + at),
-                        SPAN,
-                    );
-                }
-                done = whole;
+        unsafe { S::load_f16(from) }
+    }
+}
+
+impl Element for Eight {
+    const BYTES: usize = 1;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_i8(from) }
+    }
+}
+
+/// A tile where it lies in the arena. For whole groups: blocks of a multiple of sixteen tokens, heads of as many elements.
+#[derive(Clone, Copy)]
+pub(super) struct InPlace<E> {
+    /// First key of each group; groups beyond the context repeat the last.
+    keys: [*const u8; GROUPS],
+    /// First value of each group.
+    values: [*const u8; GROUPS],
+    /// First key of each group of the next tile, to be asked for.
+    next: [*const u8; GROUPS],
+    /// Bytes between two elements of a key.
+    key_step: usize,
+    /// Bytes of a value.
+    value_step: usize,
+    element: PhantomData<E>,
+}
+
+/// Whether attention can read this layout where it lies.
+pub(super) fn in_place(geometry: &KvGeometry) -> bool {
+    let aligned = [geometry.block_tokens, geometry.head_dim].map(|n| (n as usize).is_multiple_of(LANES));
+    aligned == [true, true]
+}
+
+impl<E: Element> InPlace<E> {
+    /// The tile at that place.
+    #[inline(always)]
+    pub(super) fn new(kv: &KvLayer<'_>, at: Where) -> Self {
+        let geometry = kv.geometry();
+        let Where {
+            head,
+            context,
+            positions,
+            end,
+        } = at;
+        let group = |part, group: usize| {
+            let last = (positions - 1) / LANES;
+            let (lane, slot) = kv.lane(part, head, context + group.min(last) * LANES);
+            lane.as_ptr()
+                .wrapping_add(geometry.element_at(part, slot, 0))
+                .cast_const()
+        };
+        let next = |group: usize| {
+            let position = context + SPAN + group * LANES;
+            if position < end {
+                let (lane, slot) = kv.lane(KvPart::Key, head, position);
+                lane.as_ptr()
+                    .wrapping_add(geometry.element_at(KvPart::Key, slot, 0))
+                    .cast_const()
+            } else {
+                std::ptr::null()
             }
-            for (t, row) in rows.iter().enumerate().take(count) {
-                for d in done..head_dim {
-                    out[d * SPAN + at + t] = element(*row, kv.dtype(), d);
+        };
+        Self {
+            keys: std::array::from_fn(|i| group(KvPart::Key, i)),
+            values: std::array::from_fn(|i| group(KvPart::Value, i)),
+            next: std::array::from_fn(next),
+            key_step: geometry.element_at(KvPart::Key, 0, 1),
+            value_step: geometry.element_at(KvPart::Value, 1, 0),
+            element: PhantomData,
+        }
+    }
+}
+
+/// Bytes that the machine fetches at once.
+const LINE: usize = 64;
+
+impl<E: Element> Tile for InPlace<E> {
+    #[inline(always)]
+    unsafe fn key<S: Simd>(&self, dim: usize, group: usize) -> S::V {
+        // SAFETY: sixteen positions lie side by side in a lane; the caller's promise.
+        unsafe { E::load::<S>(self.keys[group].add(dim * self.key_step)) }
+    }
+
+    #[inline(always)]
+    unsafe fn value<S: Simd>(&self, position: usize, dim: usize) -> S::V {
+        // SAFETY: the positions of a group follow each other in a lane; the caller's promise.
+        unsafe {
+            let row = self.values[position / LANES].add(position % LANES * self.value_step);
+            E::load::<S>(row.add(dim * E::BYTES))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ahead_of_values<S: Simd>(&self, dim: usize, group: usize) {
+        let each = LINE / (LANES * E::BYTES);
+        if dim.is_multiple_of(each) {
+            // SAFETY: a hint may name any address.
+            unsafe { S::prefetch(self.values[group].wrapping_add(dim / each * LINE)) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ahead_of_keys<S: Simd>(&self, position: usize) {
+        // Where blocks have sixteen tokens a group's keys are as long as its values.
+        let from = self.next[position / LANES];
+        if self.key_step == LANES * E::BYTES && !from.is_null() {
+            for at in (0..self.value_step).step_by(LINE) {
+                let at = position % LANES * self.value_step + at;
+                // SAFETY: a hint may name any address.
+                unsafe { S::prefetch(from.wrapping_add(at)) };
+            }
+        }
+    }
+}
+
+/// A tile that was turned into f32 once for many rows.
+#[derive(Clone, Copy)]
+pub(super) struct Unpacked {
+    /// `(head_dim, SPAN)`.
+    pub keys: *const f32,
+    /// `(SPAN, dim)`.
+    pub values: *const f32,
+    /// Padded length of a head.
+    pub dim: usize,
+}
+
+impl Tile for Unpacked {
+    #[inline(always)]
+    unsafe fn key<S: Simd>(&self, dim: usize, group: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(self.keys.add(dim * SPAN + group * LANES)) }
+    }
+
+    #[inline(always)]
+    unsafe fn value<S: Simd>(&self, position: usize, dim: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(self.values.add(position * self.dim + dim)) }
+    }
+
+    #[inline(always)]
+    unsafe fn ahead_of_values<S: Simd>(&self, _dim: usize, _group: usize) {}
+
+    #[inline(always)]
+    unsafe fn ahead_of_keys<S: Simd>(&self, _position: usize) {}
+}
+
+/// Which positions of which head.
+#[derive(Clone, Copy)]
+pub(super) struct Where {
+    pub head: usize,
+    /// First position of the tile.
+    pub context: usize,
+    /// How many it has.
+    pub positions: usize,
+    /// How many the sequence has.
+    pub end: usize,
+}
+
+impl Where {
+    /// Asks for what the next tile has in the place of sixteen positions from `first` on.
+    #[inline(always)]
+    unsafe fn ahead<S: Simd>(self, kv: &KvLayer<'_>, part: KvPart, first: usize) {
+        let position = self.context + SPAN + first;
+        if position < self.end {
+            let (lane, slot) = kv.lane(part, self.head, position);
+            let from = lane.as_ptr().wrapping_add(kv.geometry().element_at(part, slot, 0));
+            let bytes = LANES * kv.geometry().head_dim as usize * kv.geometry().dtype.bytes();
+            for at in (0..bytes).step_by(LINE) {
+                // SAFETY: a hint may name any address.
+                unsafe { S::prefetch(from.wrapping_add(at)) };
+            }
+        }
+    }
+}
+
+/// Scales of keys or values of one tile, `(SPAN,)`. False where the type has none. What absent positions get is never
+/// looked at.
+#[inline(always)]
+pub(super) unsafe fn load_scales<S: Simd>(kv: &KvLayer<'_>, part: KvPart, at: Where, out: &mut [f32]) -> bool {
+    let geometry = kv.geometry();
+    if geometry.dtype.scale_bytes() == 0 {
+        return false;
+    }
+    let whole = (geometry.block_tokens as usize).is_multiple_of(LANES);
+    for first in (0..at.positions).step_by(if whole { LANES } else { 1 }) {
+        let (lane, slot) = kv.lane(part, at.head, at.context + first);
+        let from = lane.as_ptr().wrapping_add(geometry.scale_at(slot));
+        let out = &mut out[first..];
+        // SAFETY: the scales of a slot, or of sixteen, lie within the lane; the caller's promise.
+        unsafe {
+            if whole {
+                assert!(out.len() >= LANES);
+                S::store(out.as_mut_ptr(), S::load_f16(from));
+            } else {
+                out[0] = from.cast::<f16>().read_unaligned().to_f32();
+            }
+        }
+    }
+    true
+}
+
+/// Keys of one tile as f32: `(head_dim, SPAN)`. What absent positions get is never looked at.
+#[inline(always)]
+pub(super) unsafe fn load_keys<S: Simd>(kv: &KvLayer<'_>, at: Where, out: &mut [f32]) {
+    let (geometry, head_dim) = (*kv.geometry(), kv.geometry().head_dim as usize);
+    let whole = (geometry.block_tokens as usize).is_multiple_of(LANES);
+    for first in (0..at.positions).step_by(if whole { LANES } else { 1 }) {
+        let (lane, slot) = kv.lane(KvPart::Key, at.head, at.context + first);
+        if whole {
+            // SAFETY: the caller's promise.
+            unsafe { at.ahead::<S>(kv, KvPart::Key, first) };
+        }
+        for dim in 0..head_dim {
+            let from = lane.as_ptr().wrapping_add(geometry.element_at(KvPart::Key, slot, dim));
+            let out = &mut out[dim * SPAN + first..];
+            // SAFETY: the elements lie within the lane; the caller's promise.
+            unsafe {
+                if whole {
+                    assert!(out.len() >= LANES);
+                    S::store(out.as_mut_ptr(), sixteen::<S>(from, geometry.dtype));
+                } else {
+                    out[0] = element(from, geometry.dtype);
                 }
             }
         }
     }
 }
 
-/// Values of one context tile as f32: `(SPAN, padded head_dim)`. What absent positions get is never looked at.
+/// Values of one tile as f32: `(SPAN, padded head_dim)`. What absent positions get is never looked at.
 #[inline(always)]
-pub(super) unsafe fn load_values<S: Simd>(
-    kv: &KvHead<'_>,
-    context: usize,
-    positions: usize,
-    end: usize,
-    head_dim: usize,
-    out: &mut [f32],
-) {
-    let row_bytes = head_dim * kv.dtype().bytes();
+pub(super) unsafe fn load_values<S: Simd>(kv: &KvLayer<'_>, at: Where, out: &mut [f32]) {
+    let (geometry, head_dim) = (*kv.geometry(), kv.geometry().head_dim as usize);
     let dim = head_dim.next_multiple_of(LANES);
-    for at in (0..positions).step_by(LANES) {
-        let count = LANES.min(positions - at);
-        let rows = sixteen(kv, KvPart::Value, context + at, count, row_bytes);
-        // SAFETY: the caller's promise.
-        unsafe { prefetch::<S>(kv, KvPart::Value, context + SPAN + at, end, row_bytes) };
-        // SAFETY: `sixteen` gives addresses of whole rows inside the arena.
-        unsafe {
-            for (row, out) in rows.iter().zip(out[at * dim..].chunks_exact_mut(dim)).take(count) {
-                convert::<S>(*row, kv.dtype(), head_dim, out);
-            }
+    for (position, out) in out.chunks_exact_mut(dim).enumerate().take(at.positions) {
+        let (lane, slot) = kv.lane(KvPart::Value, at.head, at.context + position);
+        if position.is_multiple_of(LANES) {
+            // SAFETY: the caller's promise.
+            unsafe { at.ahead::<S>(kv, KvPart::Value, position) };
         }
-    }
-}
-
-/// Asks for rows of the next context tile: blocks lie far apart, so the machine does not foresee them.
-#[inline(always)]
-unsafe fn prefetch<S: Simd>(kv: &KvHead<'_>, part: KvPart, context: usize, end: usize, row_bytes: usize) {
-    if context < end {
-        let (from, run) = kv.rows(part, context);
-        let bytes = run.min(LANES).min(end - context) * row_bytes;
-        for at in (0..bytes).step_by(64) {
-            // SAFETY: the instructions exist by the caller's promise; the address is inside the arena.
-            unsafe { S::prefetch(from.as_ptr().add(at)) };
-        }
-    }
-}
-
-/// One row of `head_dim` stored elements to f32, zeros behind.
-#[inline(always)]
-unsafe fn convert<S: Simd>(from: *const u8, dtype: KvDtype, head_dim: usize, to: &mut [f32]) {
-    let whole = head_dim / LANES * LANES;
-    // SAFETY: `from` holds `head_dim` elements of `dtype`; `to` holds as many f32, and more.
-    unsafe {
+        let from = |dim| {
+            lane.as_ptr()
+                .wrapping_add(geometry.element_at(KvPart::Value, slot, dim))
+        };
+        let whole = head_dim / LANES * LANES;
         for d in (0..whole).step_by(LANES) {
-            let v = match dtype {
-                KvDtype::F16 => S::load_f16(from.add(2 * d)),
-                KvDtype::Bf16 => S::load_bf16(from.add(2 * d)),
-                KvDtype::F32 => S::load(from.add(4 * d).cast()),
-            };
-            S::store(to.as_mut_ptr().add(d), v);
+            // SAFETY: the elements lie within the lane; `out` has as many, and more; the caller's promise.
+            unsafe { S::store(out.as_mut_ptr().add(d), sixteen::<S>(from(d), geometry.dtype)) };
         }
-        for (d, to) in to.iter_mut().enumerate().skip(whole) {
-            *to = if d < head_dim { element(from, dtype, d) } else { 0.0 };
+        for (d, out) in out.iter_mut().enumerate().skip(whole) {
+            // SAFETY: as above.
+            *out = if d < head_dim {
+                unsafe { element(from(d), geometry.dtype) }
+            } else {
+                0.0
+            };
         }
     }
 }
 
-/// One stored element.
+/// Sixteen stored elements, without their scale.
 #[inline(always)]
-unsafe fn element(row: *const u8, dtype: KvDtype, d: usize) -> f32 {
-    // SAFETY: the caller gives a row of more than `d` elements.
+unsafe fn sixteen<S: Simd>(from: *const u8, dtype: KvDtype) -> S::V {
+    // SAFETY: the caller gives sixteen elements of `dtype`.
     unsafe {
         match dtype {
-            KvDtype::F16 => f16::from_bits(row.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
-            KvDtype::Bf16 => bf16::from_bits(row.add(2 * d).cast::<u16>().read_unaligned()).to_f32(),
-            KvDtype::F32 => row.add(4 * d).cast::<f32>().read_unaligned(),
+            KvDtype::F16 => S::load_f16(from),
+            KvDtype::Bf16 => S::load_bf16(from),
+            KvDtype::F32 => S::load(from.cast()),
+            KvDtype::Q8 => S::load_i8(from),
+        }
+    }
+}
+
+/// One stored element, without its scale.
+#[inline(always)]
+unsafe fn element(from: *const u8, dtype: KvDtype) -> f32 {
+    // SAFETY: the caller gives an element of `dtype`.
+    unsafe {
+        match dtype {
+            KvDtype::F16 => from.cast::<f16>().read_unaligned().to_f32(),
+            KvDtype::Bf16 => from.cast::<bf16>().read_unaligned().to_f32(),
+            KvDtype::F32 => from.cast::<f32>().read_unaligned(),
+            KvDtype::Q8 => f32::from(from.cast::<i8>().read()),
         }
     }
 }

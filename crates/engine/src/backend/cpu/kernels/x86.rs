@@ -4,7 +4,6 @@
 // The trait's contract (the instructions exist, the pointers are valid for sixteen elements) is what every block needs.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
-use super::LANES;
 use super::simd::Simd;
 use std::arch::x86_64::*;
 
@@ -25,17 +24,6 @@ pub(super) struct Pair(pub(super) __m256, pub(super) __m256);
 unsafe fn count(shift: u32) -> __m128i {
     unsafe { _mm_cvtsi32_si128(shift.cast_signed()) }
 }
-
-/// Sixteen even numbers, then the odd ones.
-static APART: [u16; 32] = {
-    let mut order = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        order[i] = (2 * (i % 16) + i / 16) as u16;
-        i += 1;
-    }
-    order
-};
 
 impl Simd for Avx512 {
     type V = __m512;
@@ -100,6 +88,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::V {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8, shift: u32) -> Self::V {
         unsafe {
             let top = _mm512_sll_epi32(_mm512_loadu_si512(from.cast()), count(24 - shift));
@@ -111,46 +103,6 @@ impl Simd for Avx512 {
         unsafe {
             let low = _mm512_srl_epi32(_mm512_loadu_si512(from.cast()), count(shift));
             _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(15)))
-        }
-    }
-    /// Sixteen pairs of elements are turned as words, then each word is taken apart.
-    #[inline(always)]
-    unsafe fn turn_f16(rows: [*const u8; LANES], to: *mut f32, stride: usize) {
-        unsafe {
-            let zero = _mm512_setzero_si512();
-            let (mut a, mut b) = ([zero; LANES], [zero; LANES]);
-            for (a, row) in a.iter_mut().zip(rows) {
-                *a = _mm512_loadu_si512(row.cast());
-            }
-            for i in (0..LANES).step_by(2) {
-                b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-                b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-            }
-            for i in (0..LANES).step_by(4) {
-                a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-                a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-                a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-                a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-            }
-            for i in 0..4 {
-                let even = _mm512_shuffle_i32x4::<0x88>(a[i], a[i + 4]);
-                let odd = _mm512_shuffle_i32x4::<0xdd>(a[i], a[i + 4]);
-                let more_even = _mm512_shuffle_i32x4::<0x88>(a[i + 8], a[i + 12]);
-                let more_odd = _mm512_shuffle_i32x4::<0xdd>(a[i + 8], a[i + 12]);
-                b[i] = _mm512_shuffle_i32x4::<0x88>(even, more_even);
-                b[i + 4] = _mm512_shuffle_i32x4::<0x88>(odd, more_odd);
-                b[i + 8] = _mm512_shuffle_i32x4::<0xdd>(even, more_even);
-                b[i + 12] = _mm512_shuffle_i32x4::<0xdd>(odd, more_odd);
-            }
-            // Even elements of sixteen words, then odd ones.
-            let apart = _mm512_loadu_si512(APART.as_ptr().cast());
-            for (i, pairs) in b.into_iter().enumerate() {
-                let pairs = _mm512_permutexvar_epi16(apart, pairs);
-                let low = _mm512_cvtph_ps(_mm512_castsi512_si256(pairs));
-                let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(pairs));
-                _mm512_storeu_ps(to.add(2 * i * stride), low);
-                _mm512_storeu_ps(to.add((2 * i + 1) * stride), high);
-            }
         }
     }
     #[inline(always)]
@@ -234,6 +186,13 @@ impl Simd for Avx2 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
             )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::V {
+        unsafe {
+            let one = |from: *const u8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
+            Pair(one(from), one(from.add(8)))
         }
     }
     #[inline(always)]
