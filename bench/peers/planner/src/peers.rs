@@ -107,14 +107,17 @@ impl TimingModel for Steps {
         false
     }
 
-    // What would be outside the profile is asked at its border: so that no checkpoint is made for a failure.
+    // So that it makes no checkpoint for a failure.
     fn prefill_prediction_can_fail(&self) -> bool {
         false
     }
 
     fn predict_prefill_ms(&self, batch_size: usize, mean_isl: usize, mean_prefix: usize) -> Result<f64> {
-        let part = (mean_isl.saturating_sub(mean_prefix) as u32, mean_prefix as u32);
-        Ok(self.0.prefill_step(&vec![part; batch_size])? * 1e3)
+        // Means are rounded: a step of no more than a chunk may seem to be a few tokens longer.
+        let (each, chunk) = (mean_isl.saturating_sub(mean_prefix), self.0.chunk_tokens as usize);
+        let mut parts = vec![(each as u32, mean_prefix as u32); batch_size];
+        parts[0].0 -= (each * batch_size).saturating_sub(chunk).min(each - 1) as u32;
+        Ok(self.0.prefill_step(&parts)? * 1e3)
     }
 
     fn predict_decode_ms(&self, batch_size: usize, active_kv_tokens: usize, _: usize, _: usize) -> Result<f64> {

@@ -8,6 +8,9 @@ use crate::profile::OutOfRange;
 use crate::workload::Workload;
 use baton_scheduling::step::{self, Candidate, Part};
 
+/// Weight of the newest step in a node's averages, as live nodes have it.
+const NEWEST: f64 = 0.2;
+
 /// What a turn happens in.
 pub(super) struct Turn<'a> {
     pub now: Nanos,
@@ -244,6 +247,22 @@ impl Engine {
         }
     }
 
+    /// So many steps only decoded. As live nodes have it: a mixed step says little about either, so only pure ones count, in a
+    /// moving average.
+    fn decoded(&mut self, step_s: f64, steps: u64) {
+        let left = (1.0 - NEWEST).powi(i32::try_from(steps).unwrap_or(i32::MAX)) as f32;
+        let newest = (step_s * 1e6) as f32;
+        self.step_us = if self.step_us == 0.0 { newest } else { newest + left * (self.step_us - newest) };
+    }
+
+    /// A step only computed so many prompt tokens.
+    fn prefilled(&mut self, tokens: u32, seconds: f64) {
+        let weight = (NEWEST * (f64::from(tokens) / 64.0).min(1.0)) as f32;
+        let newest = (f64::from(tokens) / seconds.max(1e-9)) as f32;
+        let known = &mut self.prefill_tokens_per_s;
+        *known = if *known == 0.0 { newest } else { *known + weight * (newest - *known) };
+    }
+
     /// The step or run under way is over.
     pub fn finish(&mut self, turn: &mut Turn<'_>) -> Result<(), OutOfRange> {
         let Some(computing) = self.computing.take() else {
@@ -255,7 +274,9 @@ impl Engine {
         let mut freed = false;
         if computing.steps > 0 {
             self.pool.take(self.decoding.growth(computing.steps));
-            self.step_us = (took.seconds() * 1e6 / computing.steps as f64) as f32;
+            if tokens == 0 {
+                self.decoded(took.seconds() / computing.steps as f64, computing.steps);
+            }
             let alone = computing.row.as_ref().filter(|_| tokens == 0);
             let run = Run {
                 began: computing.began,
@@ -278,8 +299,8 @@ impl Engine {
         }
         freed |= self.hand_on(turn);
         self.row = computing.row;
-        if tokens > 0 {
-            self.prefill_tokens_per_s = (f64::from(tokens) / took.seconds().max(1e-9)) as f32;
+        if tokens > 0 && computing.steps == 0 {
+            self.prefilled(tokens, took.seconds());
         }
         for (arrival, tokens) in computing.parts {
             if let Some(index) = self.running.iter().position(|slot| slot.arrival == arrival) {
