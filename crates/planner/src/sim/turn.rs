@@ -252,7 +252,11 @@ impl Engine {
     fn decoded(&mut self, step_s: f64, steps: u64) {
         let left = (1.0 - NEWEST).powi(i32::try_from(steps).unwrap_or(i32::MAX)) as f32;
         let newest = (step_s * 1e6) as f32;
-        self.step_us = if self.step_us == 0.0 { newest } else { newest + left * (self.step_us - newest) };
+        self.step_us = if self.step_us == 0.0 {
+            newest
+        } else {
+            newest + left * (self.step_us - newest)
+        };
     }
 
     /// A step only computed so many prompt tokens.
@@ -260,7 +264,11 @@ impl Engine {
         let weight = (NEWEST * (f64::from(tokens) / 64.0).min(1.0)) as f32;
         let newest = (f64::from(tokens) / seconds.max(1e-9)) as f32;
         let known = &mut self.prefill_tokens_per_s;
-        *known = if *known == 0.0 { newest } else { *known + weight * (newest - *known) };
+        *known = if *known == 0.0 {
+            newest
+        } else {
+            *known + weight * (newest - *known)
+        };
     }
 
     /// The step or run under way is over.

@@ -56,10 +56,17 @@ pub fn route(request: &RouteRequest<'_>, prefill: &[NodeView], decode: &[NodeVie
         (None, Door::Small(reason)) => return refuse(reason, RETRY_AFTER_NO_NODE),
         (None, Door::Full(_)) => return hold(HoldReason::QueuesFull { role: "decode" }, Vec::new()),
     };
-    let alone = || {
-        shortlist::alone(request, &decode)
-            .into_iter()
+    let alone = |decode: &[&NodeView]| {
+        let nodes = shortlist::alone(request, decode).into_iter();
+        nodes
             .map(|node| predict::alone(request, node))
+            .collect::<Vec<Candidate>>()
+    };
+    // A decode node without room for it, and for those that wait there already, serves nobody sooner by computing its prompt: it
+    // delays those whose end makes room, and takes that room from prompts that are computed.
+    let roomy = || -> Vec<&NodeView> {
+        let behind = |node: &&&NodeView| node.has_room_behind(request);
+        decode.iter().filter(behind).copied().collect()
     };
     let pairs = |prefill: &[&NodeView]| -> Vec<Candidate> {
         let (prefill, decode) = (
@@ -72,11 +79,11 @@ pub fn route(request: &RouteRequest<'_>, prefill: &[NodeView], decode: &[NodeVie
     // Who already waits for another node's KV would have to begin anew to prefill by itself.
     let may_be_alone = request.policy == Policy::Predicted && kept.is_none();
     match door(request, prefill, "prefill") {
-        Door::None => cheapest(request, alone().collect(), &decode),
+        Door::None => cheapest(request, alone(&decode), &decode),
         Door::Open(open) => {
             let mut candidates = pairs(&open);
             if may_be_alone {
-                candidates.extend(alone());
+                candidates.extend(alone(&roomy()));
             }
             cheapest(request, candidates, &decode)
         }
@@ -88,7 +95,10 @@ pub fn route(request: &RouteRequest<'_>, prefill: &[NodeView], decode: &[NodeVie
                 .map(|pair| pair.predicted.cost)
                 .fold(f64::INFINITY, f64::min);
             let cheaper: Vec<Candidate> = if may_be_alone {
-                alone().filter(|alone| alone.predicted.cost < bound).collect()
+                alone(&roomy())
+                    .into_iter()
+                    .filter(|alone| alone.predicted.cost < bound)
+                    .collect()
             } else {
                 Vec::new()
             };

@@ -47,6 +47,12 @@ impl NodeView {
         self.blocks_needed(request) <= self.blocks.free.saturating_add(self.blocks.cached)
     }
 
+    /// Also behind those that already wait there, each taken to need as much: for their KV, for the most part.
+    pub(super) fn has_room_behind(&self, request: &RouteRequest<'_>) -> bool {
+        let wanted = u64::from(self.blocks_needed(request)) * (u64::from(self.queued_requests) + 1);
+        wanted <= u64::from(self.blocks.free) + u64::from(self.blocks.cached)
+    }
+
     pub(super) fn queue_is_full(&self) -> bool {
         self.queued_requests >= self.queue_capacity
     }

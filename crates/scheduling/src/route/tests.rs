@@ -127,6 +127,51 @@ fn short_or_mostly_held_prompts_stay_on_the_decode_node_by_predicted_times() {
 }
 
 #[test]
+fn a_decode_node_without_room_behind_those_that_wait_does_not_prefill() {
+    // 10 tokens need one block; each prefill node has a long queue, so that the prompt would be computed sooner at the decode node.
+    let busy = NodeView {
+        queued_requests: 8,
+        queued_tokens: 80_000,
+        ..node(1)
+    };
+    let decode = |queued_requests, free| NodeView {
+        queued_requests,
+        blocks: BlockCounts {
+            total: 1000,
+            free,
+            ..BlockCounts::default()
+        },
+        ..node(9)
+    };
+    let full = NodeView {
+        queued_requests: 64,
+        ..busy.clone()
+    };
+    assert_eq!(
+        choose(10, &[busy.clone()], &[decode(4, 5)]),
+        (0, 9),
+        "one block for each that waits, and for it"
+    );
+    assert_eq!(
+        choose(10, &[busy], &[decode(5, 5)]),
+        (1, 9),
+        "it would take the place of one that waits"
+    );
+    assert_eq!(choose(10, &[full.clone()], &[decode(4, 5)]), (0, 9));
+    let routed = route(&ask(10, &[], &handovers()), &[full], &[decode(5, 5)]);
+    assert!(
+        matches!(routed.decision, Decision::Hold { .. }),
+        "{:?}",
+        routed.decision
+    );
+    assert_eq!(
+        choose(10, &[], &[decode(5, 5)]),
+        (0, 9),
+        "without prefill nodes nobody else can"
+    );
+}
+
+#[test]
 fn a_fast_path_decides_between_equal_decode_nodes() {
     let mut handovers = handovers();
     for (to, ms) in [(8, 80), (9, 2)].repeat(5) {
