@@ -3,8 +3,8 @@
 
 use crate::v1;
 use baton_types::{
-    Attempt, BlockCounts, BlockHash, Budget, FinishReason, NodeRole, NodeState, SamplingParams, Ticket, TokenLogprobs,
-    Work,
+    Attempt, BlockCounts, BlockHash, Budget, FinishReason, Grammar, NodeRole, NodeState, SamplingParams, Ticket,
+    TokenLogprobs, Work,
 };
 use bytes::Bytes;
 use std::str::FromStr;
@@ -172,6 +172,25 @@ impl From<SamplingParams> for v1::SamplingParams {
             logprobs: params.logprobs,
             max_tokens: Some(params.max_tokens),
             ignore_eos: params.ignore_eos,
+            grammar: params.grammar.map(Into::into),
+        }
+    }
+}
+
+impl From<Grammar> for v1::sampling_params::Grammar {
+    fn from(grammar: Grammar) -> Self {
+        match grammar {
+            Grammar::JsonSchema(schema) => Self::JsonSchema(schema),
+            Grammar::Regex(regex) => Self::Regex(regex),
+        }
+    }
+}
+
+impl From<v1::sampling_params::Grammar> for Grammar {
+    fn from(wire: v1::sampling_params::Grammar) -> Self {
+        match wire {
+            v1::sampling_params::Grammar::JsonSchema(schema) => Self::JsonSchema(schema),
+            v1::sampling_params::Grammar::Regex(regex) => Self::Regex(regex),
         }
     }
 }
@@ -198,6 +217,7 @@ impl TryFrom<v1::SamplingParams> for SamplingParams {
             logprobs: wire.logprobs,
             max_tokens: wire.max_tokens.unwrap_or(default.max_tokens),
             ignore_eos: wire.ignore_eos,
+            grammar: wire.grammar.map(Into::into),
         };
         match params.validate() {
             Ok(()) => Ok(params),
@@ -358,10 +378,15 @@ mod tests {
             any::<u64>(),
             proptest::option::of(0u32..=20),
             1u32..,
-            any::<bool>(),
+            // A grammar, or none and whether to go on after the end.
+            prop_oneof![
+                any::<bool>().prop_map(Err),
+                ".{0,8}".prop_map(|text| Ok(Grammar::JsonSchema(text))),
+                ".{0,8}".prop_map(|text| Ok(Grammar::Regex(text))),
+            ],
         );
         (floats, bias, rest).prop_map(
-            |(f, bias, (top_k, seed, logprobs, max_tokens, ignore_eos))| SamplingParams {
+            |(f, bias, (top_k, seed, logprobs, max_tokens, ending))| SamplingParams {
                 temperature: f.0,
                 top_k,
                 top_p: f.1,
@@ -373,7 +398,8 @@ mod tests {
                 logit_bias: bias.into_iter().collect(),
                 logprobs,
                 max_tokens,
-                ignore_eos,
+                ignore_eos: ending == Err(true),
+                grammar: ending.ok(),
             },
         )
     }

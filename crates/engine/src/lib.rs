@@ -20,4 +20,4 @@ pub use error::{LoadError, StepError};
 pub use kv::{BlockPool, BlockTable, IntegrityFault, NoRoom, Quarantined, Reservation};
 pub use load::{LoadOptions, load};
 pub use model::{Architecture, ModelConfig, RopeScaling, RopeStyle};
-pub use sampling::{Sampled, sample};
+pub use sampling::{Sampled, sample, sample_of};

@@ -1,10 +1,10 @@
 //! Drawing a token from logits: pure, deterministic, keyed by (seed, index).
 //!
 //! All state derives from `prompt` and `generated`, so a request can move between nodes at any token. The order of
-//! operations: repetition penalty, presence and frequency penalties, bias, temperature, min-p, top-k, top-p. A logit that
-//! is not a number counts as impossible, so that one broken value never decides a token.
+//! operations: repetition penalty, presence and frequency penalties, bias, the set of allowed tokens, temperature, min-p,
+//! top-k, top-p. A logit that is not a number counts as impossible, so that one broken value never decides a token.
 
-use baton_types::{SamplingParams, TokenLogprobs};
+use baton_types::{SamplingParams, TokenLogprobs, TokenSet};
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
@@ -25,12 +25,30 @@ const NUCLEUS_FIRST: usize = 64;
 /// # Panics
 /// Where `logits` is empty or longer than token ids reach.
 pub fn sample(logits: &[f32], params: &SamplingParams, prompt: &[u32], generated: &[u32]) -> Sampled {
+    sample_of(logits, params, [prompt, generated], None)
+}
+
+/// Draws as [`sample`] does, among the tokens in `allowed` only, where that is given; `known` is prompt and generated tokens.
+///
+/// # Panics
+/// As [`sample`], and where `allowed` has none of the tokens that have logits.
+pub fn sample_of(
+    logits: &[f32],
+    params: &SamplingParams,
+    [prompt, generated]: [&[u32]; 2],
+    allowed: Option<&TokenSet>,
+) -> Sampled {
     assert!(!logits.is_empty(), "a distribution over nothing has no sample");
-    let token = if params.temperature > 0.0 {
+    let token = if params.temperature > 0.0 || changes_logits(params) || allowed.is_some() {
         let mut adjusted = adjusted(logits, params, prompt, generated);
-        draw(&mut adjusted, params, uniform(params.seed, generated.len() as u64))
-    } else if changes_logits(params) {
-        argmax(&adjusted(logits, params, prompt, generated))
+        if let Some(allowed) = allowed {
+            keep(&mut adjusted, allowed);
+        }
+        if params.temperature > 0.0 {
+            draw(&mut adjusted, params, uniform(params.seed, generated.len() as u64))
+        } else {
+            argmax(&adjusted)
+        }
     } else {
         argmax(logits)
     };
@@ -117,6 +135,21 @@ fn adjusted(logits: &[f32], params: &SamplingParams, prompt: &[u32], generated: 
         *logit = clean(*logit);
     }
     out
+}
+
+/// Makes all tokens but those in `allowed` impossible, and none of those: where the model finds all of them impossible, they
+/// are equally likely.
+fn keep(logits: &mut [f32], allowed: &TokenSet) {
+    let mut any = false;
+    for (index, logit) in logits.iter_mut().enumerate() {
+        if allowed.contains(id(index)) {
+            *logit = logit.max(f32::MIN);
+            any = true;
+        } else {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    assert!(any, "a set of no tokens has no sample");
 }
 
 /// Draws by `uniform` in [0, 1) from the softmax of `logits / temperature` after the cuts.
@@ -402,7 +435,54 @@ mod tests {
         assert!(largest.is_some_and(|id| (4000..4500).contains(&id)), "{largest:?}");
     }
 
+    #[test]
+    fn only_allowed_tokens_are_drawn_by_their_own_weights() {
+        let allowed = TokenSet::from_words(vec![0b1010]);
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let drawn = |params: &SamplingParams| sample_of(&logits, params, [&[], &[]], Some(&allowed));
+        assert_eq!(drawn(&greedy()).token, 1);
+        let biased = SamplingParams {
+            logit_bias: vec![(0, 100.0), (3, 9.0)],
+            ..greedy()
+        };
+        assert_eq!(drawn(&biased).token, 3, "bias counts among what is allowed");
+        let seeds = 20_000;
+        let third = (0..seeds)
+            .filter(|seed| {
+                drawn(&SamplingParams {
+                    seed: *seed,
+                    ..SamplingParams::default()
+                })
+                .token
+                    == 3
+            })
+            .count();
+        assert!((third as f64 / seeds as f64 - 0.25).abs() < 0.015, "{third} of {seeds}");
+        let scored = SamplingParams {
+            logprobs: Some(1),
+            ..greedy()
+        };
+        let logprobs = drawn(&scored).logprobs.unwrap();
+        assert!(
+            (logprobs.logprob - 0.3f32.ln()).abs() < 1e-6,
+            "log probabilities are the model's own"
+        );
+        assert_eq!(logprobs.top[0].0, 0);
+    }
+
     proptest! {
+        #[test]
+        fn whatever_the_logits_are_an_allowed_token_is_drawn(
+            logits in prop::collection::vec(prop_oneof![any::<f32>(), Just(f32::NAN), Just(f32::NEG_INFINITY)], 70),
+            words in (any::<u32>(), any::<u32>(), 1u32..64),
+            (seed, temperature, top_k, top_p) in (any::<u64>(), prop_oneof![Just(0.0f32), 0.1f32..=2.0], 0u32..4, 0.01f32..=1.0),
+        ) {
+            let allowed = TokenSet::from_words(vec![words.0, words.1, words.2]);
+            let params = SamplingParams { temperature, top_k, top_p, seed, ..SamplingParams::default() };
+            let token = sample_of(&logits, &params, [&[], &[]], Some(&allowed)).token;
+            prop_assert!(allowed.contains(token), "{token}");
+        }
+
         #[test]
         fn any_input_gives_a_valid_token_and_the_same_one_again(
             logits in prop::collection::vec(any::<f32>(), 1..200),

@@ -1,4 +1,5 @@
-//! Between text and token ids: model cards, tokenizer, chat template, incremental detokenizer, stop strings.
+//! Between text and token ids: model cards, tokenizer, chat template, incremental detokenizer, stop strings, output
+//! grammars.
 //!
 //! Nothing here knows tensors or the network. A *model card* carries everything that a coordinator needs to serve a model
 //! whose file it does not have. See ARCHITECTURE.md.
@@ -8,6 +9,7 @@
 mod card;
 mod date;
 mod detokenizer;
+mod grammar;
 mod source;
 mod stop;
 mod template;
@@ -15,6 +17,7 @@ mod tokenizer;
 
 pub use card::{CardFormatError, EngineFacts, ModelCard, TextCard};
 pub use detokenizer::Detokenizer;
+pub use grammar::{GrammarError, GrammarMatcher, Grammars};
 pub use source::CardError;
 pub use stop::{StopFinder, StopOutcome};
 pub use template::{ChatTemplate, Message, TemplateError};

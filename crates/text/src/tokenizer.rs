@@ -150,6 +150,11 @@ impl Tokenizer {
         self.inner.table.of(token)
     }
 
+    /// Whether a token is one that has no text.
+    pub(crate) fn is_special(&self, token: u32) -> bool {
+        self.inner.table.is_special(token)
+    }
+
     /// For one generation.
     pub fn detokenizer(&self) -> Detokenizer {
         Detokenizer::new(Arc::clone(&self.inner.table))

@@ -6,6 +6,7 @@
 mod arena;
 mod block_hash;
 mod budget;
+mod grammar;
 mod id;
 mod kv;
 mod request;
@@ -14,6 +15,7 @@ mod sampling;
 pub use arena::{ArenaView, OutOfArena};
 pub use block_hash::{BlockChanges, BlockHash, BlockHashChain, CacheScope, NumericsId};
 pub use budget::Budget;
+pub use grammar::{GRAMMAR_BYTES_MAX, Grammar, TokenSet};
 pub use id::{
     Attempt, BlockId, Epoch, Instance, ModelFingerprint, NodeId, ParseIdError, RequestId, Ticket, fill_random,
 };

@@ -1,5 +1,6 @@
 //! How tokens are drawn.
 
+use crate::{GRAMMAR_BYTES_MAX, Grammar};
 use serde::{Deserialize, Serialize};
 
 /// Resolved sampling parameters: every default is filled in. State (penalties, counts) derives from prompt and
@@ -30,6 +31,8 @@ pub struct SamplingParams {
     pub max_tokens: u32,
     /// Go on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// What the output must be. Its end is an end-of-sequence token.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplingParams {
@@ -47,6 +50,7 @@ impl Default for SamplingParams {
             logprobs: None,
             max_tokens: u32::MAX,
             ignore_eos: false,
+            grammar: None,
         }
     }
 }
@@ -106,7 +110,27 @@ impl SamplingParams {
         }
         let n = self.logprobs.unwrap_or(0);
         within("logprobs", n as f32, n <= 20, "at most 20")?;
-        within("max_tokens", self.max_tokens as f32, self.max_tokens > 0, "at least 1")
+        within("max_tokens", self.max_tokens as f32, self.max_tokens > 0, "at least 1")?;
+        self.validate_grammar()
+    }
+
+    /// What can be said of a grammar without reading it.
+    fn validate_grammar(&self) -> Result<(), InvalidSampling> {
+        let Some(grammar) = &self.grammar else { return Ok(()) };
+        let invalid = |field, value: String, range| Err(InvalidSampling { field, value, range });
+        if self.ignore_eos {
+            let range = "false where a grammar says when the output ends";
+            return invalid("ignore_eos", "true".into(), range);
+        }
+        let bytes = grammar.text().len();
+        if bytes > GRAMMAR_BYTES_MAX {
+            return invalid(
+                grammar.field(),
+                format!("{bytes} bytes long"),
+                "at most 65536 bytes long",
+            );
+        }
+        Ok(())
     }
 }
 
@@ -128,5 +152,19 @@ mod tests {
         assert_eq!(bad(|p| p.logit_bias = vec![(1, 101.0)]), Err("logit_bias"));
         assert_eq!(bad(|p| p.max_tokens = 0), Err("max_tokens"));
         assert_eq!(bad(|p| p.logprobs = Some(21)), Err("logprobs"));
+        let regex = |bytes: usize| Some(Grammar::Regex("x".repeat(bytes)));
+        let mut params = SamplingParams {
+            grammar: regex(GRAMMAR_BYTES_MAX),
+            ..SamplingParams::default()
+        };
+        assert_eq!(params.validate(), Ok(()));
+        params.ignore_eos = true;
+        assert_eq!(params.validate().map_err(|e| e.field), Err("ignore_eos"));
+        params = SamplingParams {
+            grammar: regex(GRAMMAR_BYTES_MAX + 1),
+            ..SamplingParams::default()
+        };
+        let error = params.validate().unwrap_err().to_string();
+        assert_eq!(error, "regex is 65537 bytes long; it must be at most 65536 bytes long");
     }
 }

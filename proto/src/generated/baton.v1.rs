@@ -38,6 +38,22 @@ pub struct SamplingParams {
     /// Go on after an end-of-sequence token. Default false.
     #[prost(bool, tag = "12")]
     pub ignore_eos: bool,
+    /// What the output must be, from its first byte to its last. Not together with ignore_eos. At most 65536 bytes.
+    #[prost(oneof = "sampling_params::Grammar", tags = "14, 15")]
+    pub grammar: ::core::option::Option<sampling_params::Grammar>,
+}
+/// Nested message and enum types in `SamplingParams`.
+pub mod sampling_params {
+    /// What the output must be, from its first byte to its last. Not together with ignore_eos. At most 65536 bytes.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Grammar {
+        /// A JSON text that validates against this JSON schema.
+        #[prost(string, tag = "14")]
+        JsonSchema(::prost::alloc::string::String),
+        /// A text that this regular expression (Rust's syntax) matches as a whole.
+        #[prost(string, tag = "15")]
+        Regex(::prost::alloc::string::String),
+    }
 }
 /// The probability of one generated token and of its strongest rivals.
 #[derive(Clone, PartialEq, ::prost::Message)]
