@@ -7,9 +7,9 @@ use crate::commands::{Commands, Wish};
 use crate::tokens::finished;
 use baton_engine::BlockTable;
 use baton_kv_transfer::{ExpectSpec, Incoming, IncomingEvent};
-use baton_node_host::engine::{Beginning, Control, SequenceError, SequenceEvent, SequenceSpec, Until};
+use baton_node_host::engine::{Beginning, Constraint, Control, SequenceError, SequenceEvent, SequenceSpec, Until};
 use baton_node_host::work::HandoverEnd;
-use baton_node_host::{CancelOnDrop, EventStream, Host, LastWord, Outcome, work};
+use baton_node_host::{CancelOnDrop, Compiling, EventStream, Host, LastWord, Outcome, work};
 use baton_node_runtime::Moment;
 use baton_proto::convert;
 use baton_proto::v1::{self, decode_event::Event};
@@ -212,7 +212,12 @@ impl DecodeRequest {
     }
 
     /// Brings the sequence to the engine, with what was generated before.
-    fn submit(&mut self, beginning: Beginning, generated: Vec<u32>) -> Result<Running, Status> {
+    fn submit(
+        &mut self,
+        beginning: Beginning,
+        generated: Vec<u32>,
+        constraint: Option<Constraint>,
+    ) -> Result<Running, Status> {
         self.generated.clone_from(&generated);
         let control = Control::new(true);
         // The engine never waits for a request, so all tokens to come have room; memory is taken as they come.
@@ -223,6 +228,7 @@ impl DecodeRequest {
             prompt: self.work.prompt.clone(),
             generated,
             sampling: self.work.sampling.clone(),
+            constraint,
             hashes: self.work.block_hashes.clone(),
             chain: work::chain(&self.host, &self.work),
             deadline: self.deadline,
@@ -241,7 +247,12 @@ impl DecodeRequest {
     }
 
     async fn serve_alone(&mut self) -> Result<(), End> {
-        let submitted = self.submit(Beginning::Compute, self.work.generated.clone());
+        let compiling = Compiling::start(&self.host, &self.work);
+        let constraint = compiling
+            .constraint(&self.host, Vec::new())
+            .await
+            .map_err(End::Status)?;
+        let submitted = self.submit(Beginning::Compute, self.work.generated.clone(), constraint);
         let running = submitted.map_err(End::Status)?;
         self.accept().await?;
         self.stream(running, None).await
@@ -261,6 +272,8 @@ impl DecodeRequest {
         });
         let incoming = expected.map_err(|error| End::Status(work::expect_status(&error)))?;
         self.accept().await?;
+        // Beside the hand-over: it is done before the first token comes.
+        let compiling = Compiling::start(&self.host, &self.work);
         let handed = self.wait_for_commit(incoming).await?;
         let began = self.host.clock().now();
         let Handed {
@@ -296,7 +309,11 @@ impl DecodeRequest {
             return self.tell(Event::Finished(finished(finish, 0, Duration::ZERO))).await;
         }
         generated.push(token);
-        let running = self.submit(Beginning::Resume(table), generated).map_err(End::Status)?;
+        let ahead = generated[self.work.generated.len()..].to_vec();
+        let constraint = compiling.constraint(&self.host, ahead).await.map_err(End::Status)?;
+        let running = self
+            .submit(Beginning::Resume(table), generated, constraint)
+            .map_err(End::Status)?;
         self.stream(running, Some(began)).await
     }
 

@@ -4,7 +4,7 @@ use crate::handover::layer_borders;
 use crate::request::PrefillRequest;
 use baton_kv_transfer::Peer;
 use baton_node_host::engine::{Beginning, Control, SequenceSpec, Until};
-use baton_node_host::{CancelOnDrop, EventStream, Host, Outcome, Role, work};
+use baton_node_host::{CancelOnDrop, Compiling, EventStream, Host, Outcome, Role, work};
 use baton_proto::{convert, v1};
 use baton_types::{NodeId, NodeRole, Work};
 use std::sync::Arc;
@@ -48,6 +48,7 @@ impl PrefillRole {
             prompt: work.prompt.clone(),
             generated: work.generated.clone(),
             sampling: work.sampling.clone(),
+            constraint: None,
             hashes: work.block_hashes.clone(),
             chain: None,
             deadline,
@@ -58,10 +59,14 @@ impl PrefillRole {
             events: progress,
         };
         let guard = self.host.enter();
-        self.host
-            .engine()
-            .submit(sequence)
-            .map_err(|error| work::submit_status(&error))?;
+        let compiling = Compiling::start(&self.host, &work);
+        // What must be compiled is brought to the queue by its task.
+        let mut later = None;
+        if compiling.is_none() {
+            submit(&self.host, sequence)?;
+        } else {
+            later = Some(sequence);
+        }
         let cancel = CancelOnDrop::new(control.clone(), self.host.engine().clone());
         let (out, stream) = mpsc::channel(EVENTS);
         let task = PrefillRequest {
@@ -77,10 +82,42 @@ impl PrefillRole {
             // Dropped last to first: the sequence ends before the request is no longer counted.
             let _guard = guard;
             let _cancel = cancel;
+            if let Some(sequence) = later
+                && let Err(status) = submit_compiled(&task, sequence, compiling).await
+            {
+                refused(&status);
+                // A full channel is one that nobody reads.
+                let _ = task.out.try_send(Err(status));
+                return;
+            }
             task.run().await;
         });
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
+}
+
+fn submit(host: &Host, sequence: SequenceSpec) -> Result<(), Status> {
+    host.engine()
+        .submit(sequence)
+        .map_err(|error| work::submit_status(&error))
+}
+
+/// Brings a sequence to the queue once its grammar is compiled.
+async fn submit_compiled(
+    task: &PrefillRequest,
+    mut sequence: SequenceSpec,
+    compiling: Compiling,
+) -> Result<(), Status> {
+    sequence.constraint = tokio::select! {
+        () = task.out.closed() => return Err(Status::cancelled("nobody wants the request any more")),
+        constraint = compiling.constraint(&task.host, Vec::new()) => constraint?,
+    };
+    submit(&task.host, sequence)
+}
+
+fn refused(status: &Status) {
+    Outcome::Refused.count(NodeRole::Prefill);
+    tracing::debug!(code = ?status.code(), error = status.message(), "request refused");
 }
 
 fn peer(wire: v1::TransferPeer) -> Result<Peer, Status> {
@@ -95,8 +132,7 @@ impl Role for PrefillRole {
     fn prefill(&self, request: v1::PrefillRequest) -> Result<EventStream<v1::PrefillEvent>, Status> {
         let started = self.start(request);
         if let Err(status) = &started {
-            Outcome::Refused.count(NodeRole::Prefill);
-            tracing::debug!(code = ?status.code(), error = status.message(), "request refused");
+            refused(status);
         }
         started
     }

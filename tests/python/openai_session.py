@@ -157,7 +157,7 @@ def errors():
     equal((missing.code, missing.param), ("model_not_found", "model"), "code and param")
     check(missing.request_id, "an error without x-request-id")
     for field, value in [("temperature", -1), ("top_p", 2), ("n", 2), ("tools", [{"type": "function", "function": {"name": "f"}}]),
-                         ("response_format", {"type": "json_object"}), ("max_tokens", -5), ("max_tokens", context_tokens + 1),
+                         ("response_format", "json"), ("max_tokens", -5), ("max_tokens", context_tokens + 1),
                          ("top_logprobs", 3), ("stop", "")]:
         error = refused(openai.BadRequestError, lambda: chat(**{field: value}), field)
         equal(error.param, field, "param")

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
-/// A text longer than this is tokenized where it does not hold up other requests.
+/// A text longer than this is tokenized where it does not hold up other requests; so is every grammar compiled.
 const INLINE_TEXT_BYTES: usize = 32 * 1024;
 /// Events beside one per token: held-back text, and the end.
 const EVENTS_BESIDE_TOKENS: usize = 4;
@@ -219,6 +219,7 @@ impl Coordinator {
             PromptInput::Tokens(_) => 0,
             PromptInput::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
         };
+        let grammar = input.sampling.grammar.is_some();
         let work = {
             let model = Arc::clone(model);
             move || {
@@ -226,7 +227,7 @@ impl Coordinator {
                 prepare(&model, input, prompt, bounds)
             }
         };
-        if bytes <= INLINE_TEXT_BYTES {
+        if bytes <= INLINE_TEXT_BYTES && !grammar {
             return work();
         }
         let (answer, wait) = oneshot::channel();

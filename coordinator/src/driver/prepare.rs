@@ -73,6 +73,7 @@ pub(super) fn prepare(
         );
         return Err(ApiError::invalid("logit_bias", message));
     }
+    check_grammar(model, &sampling)?;
     check_stops(&input.stop)?;
     if input.cache_salt.len() > SALT_BYTES_MAX {
         let message = format!(
@@ -139,6 +140,19 @@ fn prompt_field(input: &PromptInput) -> &'static str {
         PromptInput::Tokens(_) => "prompt_tokens",
         PromptInput::Chat(_) => "messages",
     }
+}
+
+/// Compiles it as nodes will. Takes its time: not for a thread that others' streams run on.
+fn check_grammar(model: &Model, sampling: &SamplingParams) -> Result<(), ApiError> {
+    let Some(grammar) = &sampling.grammar else {
+        return Ok(());
+    };
+    let checked = model.grammars.matcher(grammar, &[]);
+    let field = grammar.field();
+    checked
+        .and_then(|mut matcher| matcher.allowed())
+        .map(drop)
+        .map_err(|error| ApiError::invalid(field, format!("{field}: {error}")))
 }
 
 fn check_stops(stops: &[String]) -> Result<(), ApiError> {

@@ -3,7 +3,7 @@
 use super::CardWanted;
 use baton_proto::v1;
 use baton_proto::v1::node_client::NodeClient;
-use baton_text::{ChatTemplate, ModelCard, Tokenizer};
+use baton_text::{ChatTemplate, Grammars, ModelCard, Tokenizer};
 use std::sync::Arc;
 
 /// A card larger than this is no card: the largest tokenizers take about 20 MiB.
@@ -15,6 +15,8 @@ pub(crate) struct Model {
     pub(crate) tokenizer: Tokenizer,
     /// `None`: the model serves no chats.
     pub(crate) template: Option<ChatTemplate>,
+    /// Compiles the grammars of outputs, to refuse what no node could serve.
+    pub(crate) grammars: Grammars,
     /// Where it is not to be ignored, what ends a generation.
     pub(crate) eos_tokens: Arc<[u32]>,
     /// Seconds since 1970 at which it was first seen.
@@ -73,11 +75,13 @@ impl Model {
             Some(source) => Some(ChatTemplate::new(source, &card.bos_text, &card.eos_text)?),
             None => None,
         };
+        let grammars = Grammars::new(&card, &tokenizer);
         let eos_tokens = card.eos_tokens.clone().into();
         Ok(Self {
             card,
             tokenizer,
             template,
+            grammars,
             eos_tokens,
             created,
         })

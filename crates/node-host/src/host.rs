@@ -1,12 +1,13 @@
 //! What a node has, whatever its role: identity, model facts, blocks, engine, endpoint, and whether it takes work.
 
 use crate::blocks::PoolBlocks;
-use crate::engine::{self, Ending, EngineHandle, EngineParts, Speculation};
+use crate::engine::{self, Ending, EngineHandle, EngineParts, Lookout, Speculation};
 use crate::errors::LastErrors;
 use crate::phase::{Phase, RoleRefused};
 use baton_engine::{Backend, BlockPool, ModelConfig};
 use baton_kv_transfer::Endpoint;
 use baton_node_runtime::{Clock, Supervisor, TaskHandle};
+use baton_text::Grammars;
 use baton_types::{ArenaView, CacheScope, Instance, KvGeometry, ModelFingerprint, NodeId, NodeRole, NumericsId};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,6 +48,8 @@ pub struct NodeParts {
     pub speculation: Speculation,
     /// Tokens that end a text beside those that the model's own configuration names (a chat template's, for one).
     pub eos_tokens: Vec<u32>,
+    /// What compiles the grammars of outputs.
+    pub grammars: Grammars,
     /// Memory of its KV.
     pub arena: ArenaView,
     /// Owner of that memory's blocks, the same that the endpoint was given.
@@ -83,6 +86,8 @@ struct Inner {
     limits: NodeLimits,
     model: ModelFacts,
     ending: Ending,
+    grammars: Grammars,
+    lookout: Lookout,
     blocks: Arc<PoolBlocks>,
     arena: ArenaView,
     endpoint: Endpoint,
@@ -114,6 +119,7 @@ impl Host {
             backend,
             speculation,
             eos_tokens,
+            grammars,
             arena,
             blocks,
             endpoint,
@@ -148,11 +154,14 @@ impl Host {
             token.cancelled().await;
             closer.close();
         });
+        let lookout = Lookout::start(&supervisor);
         Self(Arc::new(Inner {
             identity,
             limits,
             model,
             ending,
+            grammars,
+            lookout,
             blocks,
             arena,
             endpoint,
@@ -184,6 +193,16 @@ impl Host {
     /// What ends a sequence here.
     pub fn ending(&self) -> &Ending {
         &self.0.ending
+    }
+
+    /// What compiles the grammars of outputs.
+    pub fn grammars(&self) -> &Grammars {
+        &self.0.grammars
+    }
+
+    /// What looks into them while the engine computes.
+    pub fn lookout(&self) -> &Lookout {
+        &self.0.lookout
     }
 
     /// Owner of its blocks.

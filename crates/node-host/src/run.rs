@@ -19,6 +19,7 @@ use baton_node_runtime::{
     AdminServer, Announcement, Clock, Metrics, Readiness, Supervisor, announce, bind, process, telemetry,
 };
 use baton_proto::v1::node_server::NodeServer;
+use baton_text::Grammars;
 use baton_types::{Instance, KvDtype, KvGeometry, ModelFingerprint, NodeId, NodeRole, NodeState, NumericsId};
 use std::future::Future;
 use std::time::Duration;
@@ -303,6 +304,7 @@ async fn come_up(
         backend,
         speculation: options.speculation,
         eos_tokens: card.eos_tokens.clone(),
+        grammars: Grammars::of_card(&card),
         arena: arena.view(),
         blocks,
         endpoint,

@@ -261,6 +261,7 @@ pub fn handed_over(report: HandoverReport, exposed: Duration) -> v1::HandedOver 
 pub fn sequence_failed(error: &SequenceError) -> v1::WorkFailed {
     let code = match error {
         SequenceError::Step(_) | SequenceError::Arena(_) => Code::Internal,
+        SequenceError::Grammar(_) => Code::InvalidArgument,
         SequenceError::ShuttingDown => Code::Unavailable,
     };
     failed(code, error.to_string(), error.is_retryable(), false)

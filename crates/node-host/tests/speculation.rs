@@ -92,6 +92,7 @@ impl Node {
             prompt: prompt.to_vec(),
             generated: Vec::new(),
             sampling,
+            constraint: None,
             hashes,
             chain: Some(chain),
             deadline: self.clock.now() + Duration::from_secs(60),

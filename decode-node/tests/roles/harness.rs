@@ -8,6 +8,7 @@ use baton_node_host::{EventStream, Host, NodeIdentity, NodeLimits, NodeParts, Po
 use baton_node_runtime::{Clock, Supervisor};
 use baton_prefill_node::PrefillRole;
 use baton_proto::v1::{self, decode_command::Command, decode_event, prefill_event};
+use baton_text::{EngineFacts, Grammars, ModelCard};
 use baton_types::{
     Attempt, BlockHashChain, Budget, Instance, KvDtype, NodeId, NodeRole, RequestId, SamplingParams, Ticket, Work,
 };
@@ -83,6 +84,16 @@ impl TestNode {
         )
         .await
         .unwrap();
+        let card = ModelCard::stub(
+            "stub",
+            backend.config().context_tokens,
+            EngineFacts {
+                fingerprint: backend.fingerprint(),
+                numerics: backend.numerics().clone(),
+                block_tokens: BLOCK_TOKENS,
+                kv_dtype: geometry.dtype,
+            },
+        );
         let host = Host::start(NodeParts {
             identity: NodeIdentity {
                 node_id,
@@ -97,6 +108,7 @@ impl TestNode {
             backend,
             speculation: Speculation::Auto,
             eos_tokens: Vec::new(),
+            grammars: Grammars::of_card(&card),
             arena: arena.view(),
             blocks,
             endpoint,

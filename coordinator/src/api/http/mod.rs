@@ -5,6 +5,7 @@
 mod body;
 mod error;
 mod fields;
+mod grammar;
 mod messages;
 mod models;
 mod reply;
@@ -14,6 +15,8 @@ mod serve;
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod grammar_tests;
 #[cfg(test)]
 mod tests;
 

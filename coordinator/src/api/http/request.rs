@@ -1,15 +1,16 @@
 //! Requests in OpenAI's form, converted to [`GenerateInput`]. Baton's own additions: `top_k`, `min_p`,
-//! `repetition_penalty`, `ignore_eos`, `cache_salt`.
+//! `repetition_penalty`, `ignore_eos`, `cache_salt`, and vLLM's `structured_outputs`.
 
 use super::error::HttpError;
 use super::fields::{Fields, wrong};
+use super::grammar;
 use super::messages;
 use crate::GenerateInput;
 use baton_types::{RequestId, SamplingParams};
 use serde_json::{Value, json};
 
 /// OpenAI's fields of chats and completions that are not served yet.
-const UNSERVED: [&str; 19] = [
+const UNSERVED: [&str; 18] = [
     "audio",
     "best_of",
     "echo",
@@ -21,7 +22,6 @@ const UNSERVED: [&str; 19] = [
     "prediction",
     "prompt_cache_key",
     "reasoning_effort",
-    "response_format",
     "safety_identifier",
     "service_tier",
     "suffix",
@@ -50,6 +50,25 @@ pub(super) struct Asked {
     /// A last chunk of a stream tells the usage.
     pub(super) include_usage: bool,
     pub(super) logprobs: bool,
+    /// What errors about the grammar name.
+    pub(super) grammar_field: Option<&'static str>,
+}
+
+impl Asked {
+    /// An error, under the name that the field has in this request.
+    pub(super) fn renamed(&self, error: HttpError) -> HttpError {
+        rename(error, self.grammar_field)
+    }
+}
+
+/// Behind the door, grammars have fields of their own.
+fn rename(mut error: HttpError, grammar_field: Option<&str>) -> HttpError {
+    if let (Some(field), Some(own @ ("json_schema" | "regex"))) = (grammar_field, error.param.as_deref()) {
+        let problem = error.message.strip_prefix(own).unwrap_or(&error.message);
+        error.message = format!("`{field}`{problem}");
+        error.param = Some(field.to_owned());
+    }
+    error
 }
 
 /// Converts a request's body.
@@ -64,10 +83,12 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
     let stream = fields.boolean("stream")?.unwrap_or(false);
     let include_usage = stream_options(&mut fields, stream)?;
     fields.only("n", &json!(1))?;
+    let asked_grammar = grammar::take(&mut fields)?;
+    let grammar_field = asked_grammar.as_ref().map(|asked| asked.field);
+    sampling.grammar = asked_grammar.map(|asked| asked.grammar);
     fields.ignore(&["user", "metadata", "store"]);
     let (prompt, max_tokens) = match kind {
         Kind::Chat => {
-            fields.only("response_format", &json!({"type": "text"}))?;
             sampling.logprobs = chat_logprobs(&mut fields)?;
             let value = fields.take("messages");
             let prompt = messages::chat(fields.required("messages", value)?)?;
@@ -96,6 +117,9 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         } else {
             error.field
         };
+        let name = grammar_field
+            .filter(|_| ["json_schema", "regex"].contains(&name))
+            .unwrap_or(name);
         HttpError::field(name, format!("is {}; it must be {}", error.value, error.range))
     })?;
     let logprobs = sampling.logprobs.is_some();
@@ -117,6 +141,7 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         stream,
         include_usage,
         logprobs,
+        grammar_field,
     })
 }
 

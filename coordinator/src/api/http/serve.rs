@@ -6,7 +6,7 @@ use super::error::HttpError;
 use super::reply::{Reply, reason_word};
 use super::request::{self, Kind};
 use super::router::Door;
-use crate::{ApiKey, Finished, Generation, GenerationEvent};
+use crate::{ApiError, ApiKey, Finished, Generation, GenerationEvent};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::Request;
@@ -33,10 +33,11 @@ pub(super) async fn answer(door: Arc<Door>, kind: Kind, request: Request) -> Res
         "http request accepted"
     );
     drop(body);
-    let mut generation = door.frontend.generate(asked.input.clone()).await?;
+    let renamed = |error: ApiError| asked.renamed(error.into());
+    let mut generation = door.frontend.generate(asked.input.clone()).await.map_err(renamed)?;
     // Until something came, a failure can still be a status.
     let first = match generation.next().await {
-        Some(GenerationEvent::Failed(error)) => return Err(error.into()),
+        Some(GenerationEvent::Failed(error)) => return Err(renamed(error)),
         None => return Err(HttpError::broken_off()),
         Some(event) => event,
     };

@@ -5,6 +5,7 @@
 //! `baton_scheduling::step`, so both roles share one loop: a prefill node's sequences end at their first token, a decode
 //! node's go on, several tokens a step where a draft was right (`drafting`). Invariant: a block table is dropped only while no step that names it runs.
 
+mod constraint;
 mod drafting;
 mod ending;
 mod gauges;
@@ -16,6 +17,7 @@ mod sequence;
 mod sharing;
 mod slots;
 
+pub use constraint::{Constraint, Lookout};
 pub use drafting::Speculation;
 pub use ending::Ending;
 pub use gauges::EngineLoad;

@@ -1,7 +1,9 @@
 //! One request as the engine thread sees it, and what it tells of it.
 
+use super::constraint::Constraint;
 use baton_engine::{BlockTable, StepError};
 use baton_node_runtime::Moment;
+use baton_text::GrammarError;
 use baton_types::{BlockHash, BlockHashChain, FinishReason, RequestId, SamplingParams, TokenLogprobs};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -37,6 +39,8 @@ pub struct SequenceSpec {
     pub generated: Vec<u32>,
     /// How to draw.
     pub sampling: SamplingParams,
+    /// Where `generated` is in the grammar of `sampling`; present where there is one.
+    pub constraint: Option<Constraint>,
     /// Identities of leading full blocks.
     pub hashes: Vec<BlockHash>,
     /// The chain behind `hashes`, where it is known: blocks that fill up later get identities by it.
@@ -205,6 +209,9 @@ pub enum SequenceError {
     /// A block that was to be zeroed lies outside the arena.
     #[error("the engine failed: {0}")]
     Arena(#[from] baton_types::OutOfArena),
+    /// The output cannot go on as it must.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     /// The node is going down.
     #[error("the node is shutting down")]
     ShuttingDown,
@@ -214,7 +221,7 @@ impl SequenceError {
     /// Another node may do better.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Step(_) | Self::Arena(_) => false,
+            Self::Step(_) | Self::Arena(_) | Self::Grammar(_) => false,
             Self::ShuttingDown => true,
         }
     }

@@ -1,11 +1,12 @@
 //! A sequence inside the engine thread: its tokens, its blocks, how far it is and who is told.
 
+use super::constraint::Constraint;
 use super::drafting::Drafting;
 use super::ending::Ending;
 use super::observer::{LayersTold, tell_progress};
 use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEvent, SequenceSpec, Until};
 use super::sharing::Sharing;
-use baton_engine::{BlockPool, BlockTable, NoRoom, sample};
+use baton_engine::{BlockPool, BlockTable, NoRoom, sample_of};
 use baton_node_runtime::Moment;
 use baton_scheduling::speculation::{Proposal, Speculation as Learned};
 use baton_scheduling::step::{Candidate, Waiter};
@@ -343,7 +344,11 @@ impl Slot {
         let DrawnFrom { ending, now, .. } = *step;
         let (prompt, generated) = self.tokens.split_at(self.prompt_len);
         let index = u32::try_from(generated.len()).unwrap_or(u32::MAX);
-        let sampled = sample(logits, &self.spec.sampling, prompt, generated);
+        let allowed = match self.spec.constraint.as_mut().map(Constraint::allowed).transpose() {
+            Ok(allowed) => allowed,
+            Err(error) => return self.fail(error),
+        };
+        let sampled = sample_of(logits, &self.spec.sampling, [prompt, generated], allowed.as_ref());
         let finish = ending.finish(&self.spec.sampling, self.tokens.len(), index, sampled.token);
         let prefill = self.began.take().map(|began| PrefillDone {
             took: now.saturating_since(began),
@@ -374,6 +379,9 @@ impl Slot {
             extra: before > 0,
         });
         self.over |= ends;
+        if let Some(constraint) = self.spec.constraint.as_mut().filter(|_| !ends) {
+            constraint.accept(vec![sampled.token]);
+        }
     }
 
     pub fn fail(&mut self, error: SequenceError) {
