@@ -43,6 +43,12 @@ if [ ${#need[@]} -gt 0 ]; then
     fi
 fi
 
+if [ "$long" = 1 ] && ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null 2>&1; then
+    stage "install a browser for the planner's page"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell ||
+        echo "test.sh: no browser can be installed here: the planner's page is not opened in one" >&2
+fi
+
 if ! target/test-venv/bin/python -c 'import openai, grpc_tools' >/dev/null 2>&1; then
     stage "python clients"
     mkdir -p target

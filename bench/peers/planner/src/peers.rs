@@ -10,7 +10,7 @@ use aisimulate_core::replay::{
 };
 use aisimulate_core::{ReplaySpec, Replayer, TimingModel};
 use anyhow::{Context, Result, ensure};
-use baton_planner::profile::{NodeModel, Profile, estimate, gpu, model};
+use baton_planner::profile::{DecodeRow, NodeModel, Profile, estimate, gpu, model};
 use baton_planner::sim::{SimOptions, simulate};
 use baton_planner::slo::{Metric, Slo};
 use baton_planner::workload::read;
@@ -99,8 +99,23 @@ fn ours(arguments: &Arguments, node: &Arc<NodeModel>) -> Result<Run> {
     })
 }
 
-/// Our profile, asked by their scheduler. It gives means over a batch, as its trait has them.
-struct Steps(Arc<NodeModel>);
+/// Our profile, asked by their scheduler. It gives means over a batch, as its trait has them. Decode steps are asked for often: what
+/// does not change between them is made ready, as it is in ours.
+struct Steps {
+    node: Arc<NodeModel>,
+    /// By batch, from 1 on.
+    decode: Vec<DecodeRow>,
+}
+
+impl Steps {
+    fn new(node: &Arc<NodeModel>) -> Result<Self> {
+        let decode = (1..=RUNNING_MAX as u32).map(|batch| node.decode_row(batch));
+        Ok(Self {
+            node: Arc::clone(node),
+            decode: decode.collect::<Result<_, _>>()?,
+        })
+    }
+}
 
 impl TimingModel for Steps {
     fn prefill_batch_validation_can_fail(&self) -> bool {
@@ -114,14 +129,15 @@ impl TimingModel for Steps {
 
     fn predict_prefill_ms(&self, batch_size: usize, mean_isl: usize, mean_prefix: usize) -> Result<f64> {
         // Means are rounded: a step of no more than a chunk may seem to be a few tokens longer.
-        let (each, chunk) = (mean_isl.saturating_sub(mean_prefix), self.0.chunk_tokens as usize);
+        let (each, chunk) = (mean_isl.saturating_sub(mean_prefix), self.node.chunk_tokens as usize);
         let mut parts = vec![(each as u32, mean_prefix as u32); batch_size];
         parts[0].0 -= (each * batch_size).saturating_sub(chunk).min(each - 1) as u32;
-        Ok(self.0.prefill_step(&parts)? * 1e3)
+        Ok(self.node.prefill_step(&parts)? * 1e3)
     }
 
     fn predict_decode_ms(&self, batch_size: usize, active_kv_tokens: usize, _: usize, _: usize) -> Result<f64> {
-        let row = self.0.decode_row(batch_size as u32)?;
+        let row = batch_size.checked_sub(1).and_then(|index| self.decode.get(index));
+        let row = row.with_context(|| format!("a batch of {batch_size}"))?;
         Ok(row.seconds(active_kv_tokens as u64, 1)? * 1e3)
     }
 }
@@ -179,7 +195,7 @@ fn peer(arguments: &Arguments, profile: &Profile, node: &Arc<NodeModel>) -> Resu
     let trace = Trace::from_mooncake(&arguments.trace, TRACE_BLOCK_TOKENS)?;
     let began = cpu_s();
     let driver = trace.into_trace_driver_with_block_size(node.block_tokens as usize)?;
-    let factory = ReplayEngineFactory::with_timing_model(Arc::new(Steps(Arc::clone(node))));
+    let factory = ReplayEngineFactory::with_timing_model(Arc::new(Steps::new(node)?));
     let replayer = Replayer::new(spec, factory)?.with_runtime_input(ReplayRuntimeInput::Workload(driver));
     let report = replayer.run()?;
     let simulate_s = cpu_s() - began;

@@ -128,7 +128,8 @@
       return body;
     }
     const clause = plan.question.slo.find((clause) => clause.metric === metric);
-    const ends = [Math.min(points[0][0], clause ? clause.bound_s / 2 : Infinity), Math.max(points[points.length - 1][0], clause ? clause.bound_s * 1.6 : 0)];
+    // Ends of a logarithmic axis must be round, or its marks cannot be placed.
+    const ends = uPlot.rangeLog(Math.min(points[0][0], clause ? clause.bound_s / 2 : Infinity), Math.max(points[points.length - 1][0], clause ? clause.bound_s * 1.6 : 0), 10, false);
     chart(body, () => ({
       scales: { x: { time: false, distr: 3, range: ends }, y: { range: [0, 104] } },
       axes: [axis({ values: (u, at) => at.map((s) => (s === null ? "" : time(s))), space: 60 }), axis({ values: (u, at) => at.map((v) => v + "%") })],

@@ -162,6 +162,18 @@ fn a_browser_draws_the_page_without_an_error_and_without_a_network() {
         assert!(!said.contains("CONSOLE"), "{said}");
         assert!(dom.contains(">infeasible: nearest feasible is --slo ttft_p90=9000ms"));
     }
+    // Ends of a distribution that are far from round ones.
+    let (profiles, question, answer) = planned(false);
+    let page = html(&about(&profiles, &question), &answer);
+    let (before, rest) = page.split_once("\"ttft\":[[").unwrap();
+    let after = rest.split_once("]]").unwrap().1;
+    let page = format!("{before}\"ttft\":[[0.009544,0.00008],[0.014937,0.0063],[30.324239,1]]{after}");
+    let folder = tempfile::tempdir().unwrap();
+    let (dom, said) = drawn(browser, folder.path(), &page);
+    assert!(
+        !said.contains("CONSOLE") && dom.matches("<canvas").count() == 3,
+        "{said}"
+    );
     // The check sees errors: a page that has one is not let through.
     let folder = tempfile::tempdir().unwrap();
     let (_, said) = drawn(browser, folder.path(), "<script>throw new Error('broken')</script>");
