@@ -201,10 +201,23 @@ async fn greedy_and_sampled_output_do_not_depend_on_where_a_request_ran() -> Res
     )?;
     memory.end().await?;
 
-    for (transport, chunk) in [("tcp", "16"), ("tcp", "64"), ("tcp", "512"), ("shm", "256")] {
-        let flags = ["--transports", transport, "--chunk-tokens", chunk];
+    let pairs = [
+        ("tcp", "16", "off"),
+        ("tcp", "64", "always"),
+        ("tcp", "512", "auto"),
+        ("shm", "256", "always"),
+    ];
+    for (transport, chunk, speculation) in pairs {
+        let flags = [
+            "--transports",
+            transport,
+            "--chunk-tokens",
+            chunk,
+            "--speculation",
+            speculation,
+        ];
         let pair = Cluster::start(ClusterOptions::pair(&model).node_flags(&flags)).await?;
-        let name = format!("handed over by {transport}, chunks of {chunk}");
+        let name = format!("handed over by {transport}, chunks of {chunk}, speculation {speculation}");
         compare(&name, &reference, &run(&pair, &asks, 1).await?)?;
         if chunk == "64" {
             compare(

@@ -34,6 +34,7 @@ pub struct Shape {
     pub queue: usize,
     pub running: usize,
     pub stub: &'static str,
+    pub speculation: Speculation,
 }
 
 impl Default for Shape {
@@ -43,6 +44,7 @@ impl Default for Shape {
             queue: 16,
             running: 16,
             stub: "stub",
+            speculation: Speculation::Auto,
         }
     }
 }
@@ -106,7 +108,7 @@ impl TestNode {
                 chunk_tokens: 32,
             },
             backend,
-            speculation: Speculation::Auto,
+            speculation: shape.speculation,
             eos_tokens: Vec::new(),
             grammars: Grammars::of_card(&card),
             arena: arena.view(),
@@ -128,7 +130,8 @@ impl TestNode {
 
     /// One request's attempt of `tokens` prompt tokens. Equal `seed`, equal prompt.
     pub fn work(&self, seed: u32, tokens: u32, max_tokens: u32) -> Work {
-        let prompt: Vec<u32> = (0..tokens).map(|i| (seed * 31 + i * 7 + i / 5) % 256).collect();
+        let vocab = self.host.model().config.vocab.min(256);
+        let prompt: Vec<u32> = (0..tokens).map(|i| (seed * 31 + i * 7 + i / 5) % vocab).collect();
         let scope = self.host.cache_scope("");
         Work {
             request_id: RequestId::random(),

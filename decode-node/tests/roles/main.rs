@@ -7,6 +7,7 @@
 mod harness;
 
 use baton_node_host::NodeService;
+use baton_node_host::engine::Speculation;
 use baton_proto::v1::node_server::Node;
 use baton_proto::v1::{self, decode_command::Command, prefill_event};
 use baton_types::{Attempt, Budget, NodeRole, Ticket, Work};
@@ -342,6 +343,7 @@ async fn what_cannot_be_served_is_refused_with_its_reason() {
         queue: 1,
         running: 1,
         stub: "stub:prefill_us=1000,context=400",
+        ..Shape::default()
     };
     let p = TestNode::start(NodeRole::Prefill, shape).await;
     let d = TestNode::start(
@@ -412,12 +414,28 @@ async fn a_running_sequence_goes_on_elsewhere_with_its_kv_while_it_goes_on_here(
         stub: "stub:decode_us=3000",
         ..Shape::default()
     };
-    let from = TestNode::start(NodeRole::Decode, slow()).await;
-    let to = TestNode::start(NodeRole::Decode, slow()).await;
+    goes_on_elsewhere(slow(), slow()).await;
+}
+
+/// Its tokens come several at a time then, and the last word with the next one's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_running_sequence_with_drafts_goes_on_elsewhere_too() {
+    let slow = |speculation| Shape {
+        stub: "stub:decode_us=6000,vocab=3",
+        speculation,
+        ..Shape::default()
+    };
+    goes_on_elsewhere(slow(Speculation::Always), slow(Speculation::Off)).await;
+}
+
+async fn goes_on_elsewhere(from: Shape, to: Shape) {
+    let from = TestNode::start(NodeRole::Decode, from).await;
+    let to = TestNode::start(NodeRole::Decode, to).await;
     // Prompts that end within a block and at its border; known tokens that end within one.
     for (seed, prompt, ahead) in [(1, 37, 8), (2, 48, 13), (3, 5, 24)] {
         let work = from.work(seed, prompt, 100);
-        let reference = run_alone(&from, &work).await;
+        let reference = run_alone(&to, &work).await;
+        to.host.pool().clear_cache();
         let mut present = from.open(&work, true);
         let known = present.tokens(3).await;
         let context = (prompt as usize + known.len() + ahead).next_multiple_of(16);
