@@ -6,7 +6,7 @@ use super::fields::{Fields, wrong};
 use super::grammar;
 use super::messages;
 use crate::GenerateInput;
-use baton_types::{RequestId, SamplingParams};
+use baton_types::{InvalidSampling, RequestId, SamplingParams};
 use serde_json::{Value, json};
 
 /// OpenAI's fields of chats and completions that are not served yet.
@@ -111,17 +111,9 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         }
     };
     fields.finish(&UNSERVED)?;
-    sampling.validate().map_err(|error| {
-        let name = if kind == Kind::Chat && error.field == "logprobs" {
-            "top_logprobs"
-        } else {
-            error.field
-        };
-        let name = grammar_field
-            .filter(|_| ["json_schema", "regex"].contains(&name))
-            .unwrap_or(name);
-        HttpError::field(name, format!("is {}; it must be {}", error.value, error.range))
-    })?;
+    sampling
+        .validate()
+        .map_err(|error| out_of_range(&error, kind, grammar_field))?;
     let logprobs = sampling.logprobs.is_some();
     let input = GenerateInput {
         request_id,
@@ -143,6 +135,16 @@ pub(super) fn parse(kind: Kind, request_id: RequestId, body: &[u8]) -> Result<As
         logprobs,
         grammar_field,
     })
+}
+
+/// Under the name that the field has at this endpoint.
+fn out_of_range(error: &InvalidSampling, kind: Kind, grammar_field: Option<&'static str>) -> HttpError {
+    let name = match error.field {
+        "logprobs" if kind == Kind::Chat => "top_logprobs",
+        "json_schema" | "regex" => grammar_field.unwrap_or(error.field),
+        other => other,
+    };
+    HttpError::field(name, format!("is {}; it must be {}", error.value, error.range))
 }
 
 fn sampling(fields: &mut Fields) -> Result<SamplingParams, HttpError> {
