@@ -49,7 +49,7 @@ if [ "$long" = 1 ] && ! command -v chromium-headless-shell chromium chromium-bro
         echo "test.sh: no browser can be installed here: the planner's page is not opened in one" >&2
 fi
 
-if ! target/test-venv/bin/python -c 'import openai, grpc_tools' >/dev/null 2>&1; then
+if ! target/test-venv/bin/python -c 'import openai, grpc_tools, jsonschema' >/dev/null 2>&1; then
     stage "python clients"
     mkdir -p target
     python3 -m venv target/test-venv

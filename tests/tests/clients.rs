@@ -28,6 +28,7 @@ async fn session(script: &str, arguments: &[&str]) -> Result<()> {
 async fn openai_and_grpc_clients_pass_their_sessions() -> Result<()> {
     let cluster = Cluster::start(ClusterOptions::pair(model_path().display().to_string())).await?;
     session("openai_session.py", &[&format!("{}/v1", cluster.http())]).await?;
+    session("structured_session.py", &[&format!("{}/v1", cluster.http())]).await?;
     session("grpc_session.py", &[&cluster.grpc_address()]).await?;
     cluster.wait_idle(Duration::from_secs(10)).await?;
     Ok(())
