@@ -2,6 +2,9 @@
 //!
 //! `pp512`: a prompt of 512 tokens in chunks of `--chunk`, last token's logits. `tg64`: 64 tokens one by one at a depth.
 //! `tg32x8`: as that, eight sequences in each step; tokens of all of them count.
+//!
+//! With `--perplexity FILE` that of its text instead, as llama-perplexity counts it: whole windows, each from an empty context,
+//! of which the second half is scored.
 
 use anyhow::{Context, Result};
 use baton_engine::{Activations, Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
@@ -9,7 +12,7 @@ use baton_node_host::KvDtypeFlag;
 use baton_types::{ArenaView, BlockId};
 use clap::Parser;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 const BLOCK_TOKENS: u32 = 16;
@@ -38,15 +41,21 @@ struct Options {
     /// Times that each test is run.
     #[arg(long, default_value_t = 3)]
     repeat: usize,
-    /// Prompt lengths, in tokens.
+    /// Prompt lengths, in tokens; 0 for none.
     #[arg(long, value_delimiter = ',', default_value = "128,512,2048")]
     prompts: Vec<usize>,
     /// Depths at which decode is measured, in tokens.
     #[arg(long, value_delimiter = ',', default_value = "0,1024")]
     depths: Vec<usize>,
-    /// Sequences that decode together.
+    /// Sequences that decode together; 0 for no decode.
     #[arg(long, value_delimiter = ',', default_value = "1,8")]
     batches: Vec<usize>,
+    /// Perplexity of a text instead: JSON with token ids in `text.tokens`, as tests/golden/engine_logits.json.
+    #[arg(long, value_name = "FILE")]
+    perplexity: Option<PathBuf>,
+    /// Tokens of a window of it.
+    #[arg(long, default_value_t = 512)]
+    window: usize,
     /// Lines of JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -62,6 +71,8 @@ struct Line {
     tok_s_min: f64,
     tok_s_max: f64,
     rss_mib: u64,
+    /// Most that was resident so far.
+    peak_mib: u64,
 }
 
 struct Bench {
@@ -88,11 +99,12 @@ fn main() -> Result<()> {
     let backend = load(&options.model, &load_options, &mut |_, _| {})?;
     let loaded = begun.elapsed();
     eprintln!("{}, loaded in {:.2} s", backend.numerics(), loaded.as_secs_f64());
-    let sequences = options.batches.iter().copied().max().unwrap_or(1);
+    let sequences = options.batches.iter().copied().max().unwrap_or(1).max(1);
     let deepest = options
         .prompts
         .iter()
         .chain(&options.depths)
+        .chain([&options.window])
         .copied()
         .max()
         .unwrap_or(0)
@@ -120,11 +132,20 @@ fn main() -> Result<()> {
 
 impl Bench {
     fn run(&mut self) -> Result<()> {
-        for prompt in self.options.prompts.clone() {
+        if let Some(path) = self.options.perplexity.clone() {
+            return self.perplexity(&path);
+        }
+        for prompt in self.options.prompts.clone().into_iter().filter(|tokens| *tokens > 0) {
             self.measure(format!("pp{prompt}"), 0, prompt, |bench| bench.prefill(0, prompt))?;
         }
         for depth in self.options.depths.clone() {
-            for batch in self.options.batches.clone() {
+            for batch in self
+                .options
+                .batches
+                .clone()
+                .into_iter()
+                .filter(|sequences| *sequences > 0)
+            {
                 for sequence in 0..batch {
                     self.prefill(sequence, depth)?;
                 }
@@ -154,7 +175,7 @@ impl Bench {
         }
         rates.sort_by(f64::total_cmp);
         let [min, median, max] = [0, rates.len() / 2, rates.len() - 1].map(|i| rates[i]);
-        let rss_mib = resident_mib();
+        let (rss_mib, peak_mib) = (memory_mib("VmRSS:"), memory_mib("VmHWM:"));
         let line = Line {
             test,
             depth,
@@ -163,6 +184,7 @@ impl Bench {
             tok_s_min: min,
             tok_s_max: max,
             rss_mib,
+            peak_mib,
         };
         if self.options.json {
             println!("{}", serde_json::to_string(&line)?);
@@ -173,6 +195,39 @@ impl Bench {
             println!(
                 "{test:>8} depth {depth:>5} threads {threads}: {median:8.1} tok/s ({min:.1} to {max:.1}), {rss_mib} MiB"
             );
+        }
+        Ok(())
+    }
+
+    fn perplexity(&mut self, path: &Path) -> Result<()> {
+        let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+        let tokens: Vec<u32> = serde_json::from_value(golden["text"]["tokens"].clone()).context("text.tokens")?;
+        let window = self.options.window;
+        let (mut loss, mut count) = (0.0, 0);
+        for tokens in tokens.chunks_exact(window) {
+            for (i, chunk) in tokens.chunks(self.options.chunk.max(1)).enumerate() {
+                let start = i * self.options.chunk;
+                let slice = Slice {
+                    tokens: chunk,
+                    start,
+                    blocks: &self.tables[0],
+                    logits: WantedLogits::All,
+                };
+                let output = self.backend.step(&self.arena, &[slice], &mut Unobserved)?;
+                for position in start.max(window / 2)..(start + chunk.len()).min(window - 1) {
+                    loss += surprise(output.row(position - start), tokens[position + 1]);
+                    count += 1;
+                }
+            }
+        }
+        let perplexity = (loss / f64::from(count)).exp();
+        if self.options.json {
+            println!(
+                "{}",
+                serde_json::json!({"test": "perplexity", "window": window, "tokens": count, "perplexity": perplexity})
+            );
+        } else {
+            println!("perplexity {perplexity:.4} over {count} tokens in windows of {window}");
         }
         Ok(())
     }
@@ -226,10 +281,17 @@ fn best(logits: &[f32]) -> u32 {
     (0..).zip(logits).fold(first, pick).0
 }
 
-/// Resident memory of this process; 0 where the system does not tell.
-fn resident_mib() -> u64 {
+/// Negative log-likelihood of a token.
+fn surprise(logits: &[f32], token: u32) -> f64 {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|x| f64::from(x - highest).exp()).sum();
+    total.ln() - f64::from(logits[token as usize] - highest)
+}
+
+/// Memory of this process; 0 where the system does not tell.
+fn memory_mib(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line
         .and_then(|line| line.split_whitespace().next())
         .and_then(|kib| kib.parse::<u64>().ok());
