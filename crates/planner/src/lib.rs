@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 mod nanos;
+pub mod predict;
 pub mod profile;
 pub mod report;
 pub mod search;

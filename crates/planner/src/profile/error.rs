@@ -13,6 +13,14 @@ pub enum ProfileError {
         /// Why.
         source: std::io::Error,
     },
+    /// Not to be written.
+    #[error("cannot write the profile {path}: {source}")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Not a profile.
     #[error("{path} is no profile: {source}")]
     Syntax {

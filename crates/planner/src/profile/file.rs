@@ -41,6 +41,16 @@ pub struct HandoverPath {
     pub seconds: Vec<f64>,
 }
 
+/// The same steps while another node computes on the same machine: they share memory bandwidth and caches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contended {
+    /// As [`Profile::prefill`], at the same points.
+    pub prefill: Grid,
+    /// As [`Profile::decode`], at the same points.
+    pub decode: Grid,
+}
+
 /// How far measurements were from what the profile says, relative.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -101,6 +111,13 @@ pub struct Profile {
     pub mixed_saves_s: f64,
     /// Ways to hand KV over, the preferred first.
     pub handover: Vec<HandoverPath>,
+    /// What every hand-over adds behind its last byte until the decode node can go on, seconds.
+    #[serde(default)]
+    pub handover_fixed_s: f64,
+    /// Where nodes share a machine: the steps beside a neighbour that computes all the time. What is in `prefill` and `decode` was
+    /// measured alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contended: Option<Contended>,
     /// What the coordinator and the network add to a first token, seconds.
     pub request_overhead_s: f64,
     /// From the start of a process until it takes work, seconds.
@@ -144,6 +161,17 @@ impl Profile {
         Ok(profile)
     }
 
+    /// Keeps it in a file.
+    ///
+    /// # Errors
+    /// Where that cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), ProfileError> {
+        std::fs::write(path, self.to_json() + "\n").map_err(|source| ProfileError::Write {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
     /// As text to be kept in a file.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("all keys are strings, and no value refuses")
@@ -171,6 +199,23 @@ impl Profile {
                 return Err(wrong(&format!("{field}{fault}"), ""));
             }
         }
+        if let Some(contended) = &self.contended {
+            let same = |a: &Grid, b: &Grid| a.x == b.x && a.y == b.y;
+            for (field, grid, alone) in [
+                ("contended.prefill", &contended.prefill, &self.prefill),
+                ("contended.decode", &contended.decode, &self.decode),
+            ] {
+                if let Some(fault) = grid.fault() {
+                    return Err(wrong(&format!("{field}{fault}"), ""));
+                }
+                if !same(grid, alone) {
+                    return Err(wrong(
+                        field,
+                        "must have the points of the table that was measured alone",
+                    ));
+                }
+            }
+        }
         let counts = [
             ("block_tokens", u64::from(self.block_tokens)),
             ("chunk_tokens", u64::from(self.chunk_tokens)),
@@ -188,6 +233,7 @@ impl Profile {
         }
         let times = [
             ("mixed_saves_s", self.mixed_saves_s),
+            ("handover_fixed_s", self.handover_fixed_s),
             ("request_overhead_s", self.request_overhead_s),
             ("startup_s", self.startup_s),
             ("role_change_s", self.role_change_s),

@@ -61,6 +61,17 @@ impl Grid {
         Ok(low + (row(i + 1) - low) * across)
     }
 
+    /// So much of the way to another grid of the same points, 0 to 1.
+    pub(super) fn towards(&self, other: &Self, share: f64) -> Self {
+        let between = |(a, b): (&f64, &f64)| a + (b - a) * share.clamp(0.0, 1.0);
+        let rows = self.seconds.iter().zip(&other.seconds);
+        Self {
+            x: self.x.clone(),
+            y: self.y.clone(),
+            seconds: rows.map(|(a, b)| a.iter().zip(b).map(between).collect()).collect(),
+        }
+    }
+
     /// What is wrong with it, if anything.
     pub(super) fn fault(&self) -> Option<String> {
         for (name, axis) in [("x", &self.x), ("y", &self.y)] {

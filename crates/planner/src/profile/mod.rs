@@ -10,7 +10,7 @@ mod roofline;
 mod row;
 
 pub use error::{OutOfRange, ProfileError};
-pub use file::{Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual};
+pub use file::{Contended, Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual};
 pub use gpus::{GPUS, Gpu, gpu};
 pub use grid::Grid;
 pub use models::{MODELS, model};

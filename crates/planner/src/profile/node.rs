@@ -25,6 +25,8 @@ pub struct NodeModel {
     pub block_bytes: u64,
     /// Layers.
     pub layers: u32,
+    /// What a hand-over adds behind its last byte, seconds.
+    pub handover_fixed_s: f64,
     /// Added to a first token, seconds.
     pub request_overhead_s: f64,
     /// From its start until it takes work, seconds.
@@ -51,6 +53,7 @@ impl NodeModel {
             prefill_running_max: profile.prefill_running_max,
             block_bytes: u64::from(profile.block_tokens) * profile.model.kv_bytes_per_token,
             layers: profile.model.layers,
+            handover_fixed_s: profile.handover_fixed_s,
             request_overhead_s: profile.request_overhead_s,
             startup_s: profile.startup_s,
             role_change_s: profile.role_change_s,
@@ -63,6 +66,17 @@ impl NodeModel {
                 seconds: path.seconds.iter().map(|s| vec![*s]).collect(),
             },
         }
+    }
+
+    /// Of a checked profile, on a machine whose other nodes compute this share of the time, 0 to 1. A step then takes so much of
+    /// the way from its time alone to its time beside a busy neighbour; the same where the profile knows no neighbours.
+    pub fn beside(profile: &Profile, busy: f64) -> Self {
+        let mut model = Self::new(profile);
+        if let Some(contended) = &profile.contended {
+            model.prefill = model.prefill.towards(&contended.prefill, busy);
+            model.decode = model.decode.towards(&contended.decode, busy);
+        }
+        model
     }
 
     /// Seconds of a step that computes parts of prompts, each `(new tokens, tokens before them)`. Several parts take as long as

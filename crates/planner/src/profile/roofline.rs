@@ -93,6 +93,8 @@ pub fn estimate(gpu: &Gpu, shape: &Shape) -> Result<Profile, ProfileError> {
             bytes: sizes.to_vec(),
             seconds: sizes.map(|bytes| to_nanos(PUSH_OVERHEAD_S + bytes / network)).to_vec(),
         }],
+        handover_fixed_s: 0.0,
+        contended: None,
         request_overhead_s: REQUEST_OVERHEAD_S,
         // Assumed: weights from local disks at 2 GB/s, and 20 s for the process.
         startup_s: 20.0 + weight_bytes / 2e9,

@@ -217,6 +217,7 @@ impl<'a> Cluster<'a> {
         node: u32,
         act: impl FnOnce(&mut Engine, &mut Turn<'_>) -> Result<(), OutOfRange>,
     ) -> Result<(), OutOfRange> {
+        self.record.tokens.at_node(node);
         let mut turn = Turn {
             now: self.events.now,
             workload: self.workload,

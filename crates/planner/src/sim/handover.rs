@@ -145,7 +145,8 @@ impl Cluster<'_> {
             return self.grants(decode);
         }
         self.push(request, known, true)?;
-        let ends = self.journeys[request as usize].pushed_until.max(now);
+        let fixed = Nanos::from_seconds(self.engines[decode as usize].model.handover_fixed_s);
+        let ends = self.journeys[request as usize].pushed_until.max(now) + fixed;
         self.events.at(ends, Event::HandedOver { request, attempt });
         Ok(())
     }
@@ -177,6 +178,7 @@ impl Cluster<'_> {
         let (p, d) = (Instance(u64::from(prefill) + 1), Instance(u64::from(decode) + 1));
         self.handovers
             .handed_over(p, d, journey.tokens_handed, exposed.duration());
+        journey.committed = Some(now);
         let sending = journey.sending.take();
         let reserved = journey.reserved.take();
         journey.started = true;

@@ -6,6 +6,7 @@ mod cluster;
 mod decoding;
 mod engine;
 mod event;
+mod frames;
 mod handover;
 mod histogram;
 mod life;

@@ -34,6 +34,9 @@ pub struct SimOptions {
     pub prefix_cache: bool,
     /// What requests are judged by.
     pub slo: Slo,
+    /// Gaps are counted as clients see them: tokens come in frames, as decode nodes send them. Costs a time per token. Else they
+    /// are those between steps.
+    pub frames: bool,
     /// Ends as soon as the SLO cannot be met any more.
     pub give_up: bool,
 }
@@ -55,6 +58,7 @@ impl SimOptions {
             },
             prefix_cache: true,
             slo,
+            frames: false,
             give_up: false,
         }
     }

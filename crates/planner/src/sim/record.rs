@@ -1,5 +1,6 @@
 //! What happened to each request, and all gaps between tokens.
 
+use super::frames::TokenTimes;
 use super::histogram::Histogram;
 use crate::Nanos;
 use crate::profile::{DecodeRow, OutOfRange};
@@ -31,6 +32,8 @@ pub(super) struct Run<'a> {
 #[derive(Debug)]
 pub(super) struct Record {
     pub seen: Vec<Seen>,
+    /// When each token came, where frames are wanted.
+    pub tokens: TokenTimes,
     pub itl: Histogram,
     /// Gaps beyond the bound on ITL, and first tokens beyond the one on TTFT.
     pub late_gaps: u64,
@@ -47,6 +50,7 @@ impl Record {
         let bound = |metric| slo.on(metric).map(|clause| clause.bound);
         Self {
             seen: vec![Seen::default(); workload.len()],
+            tokens: TokenTimes::default(),
             itl: Histogram::default(),
             late_gaps: 0,
             late_firsts: 0,
@@ -68,6 +72,7 @@ impl Record {
 
     /// It gets a token that no decode step drew: the first, or the first after it gave way.
     pub fn draws(&mut self, request: u32, now: Nanos) {
+        self.tokens.draws(request, now);
         let arrived = self.arrivals[request as usize];
         let seen = &mut self.seen[request as usize];
         seen.drawn += 1;
@@ -89,6 +94,7 @@ impl Record {
     pub fn run(&mut self, run: &Run<'_>, fresh: &[u32]) -> Result<u64, OutOfRange> {
         let (mut late, mut first) = (0, run.took.seconds());
         let batch = u64::from(run.batch);
+        self.tokens.steps(run)?;
         match run.row {
             Some(row) => {
                 let mut begun = false;
@@ -123,6 +129,7 @@ impl Record {
 
     /// It is decoded no more: it got so many tokens, the last of them now.
     pub fn leaves(&mut self, request: u32, drawn: u32, late: u32, now: Nanos) {
+        self.tokens.leaves(request, drawn);
         let seen = &mut self.seen[request as usize];
         seen.drawn += drawn;
         seen.late += late;

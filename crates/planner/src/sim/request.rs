@@ -46,6 +46,8 @@ pub(super) struct Journey {
     pub deaths: u32,
     /// Where it is moved to.
     pub moving: Option<Moving>,
+    /// When the decode node had all of it.
+    pub committed: Option<Nanos>,
     pub started: bool,
     pub fate: Option<super::outcome::Fate>,
 }

@@ -212,6 +212,9 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
         failed: None,
         engines,
     };
+    if options.frames {
+        cluster.record.tokens.keep(cluster.engines.len(), requests);
+    }
     for node in 0..cluster.engines.len() {
         let side = if node < options.prefill.len() {
             Side::Prefill
@@ -321,6 +324,9 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         given_up,
         orders: cluster.given.clone(),
     };
+    if cluster.options.frames {
+        super::frames::reframe(&mut outcome, cluster);
+    }
     outcome.judge(&cluster.options.slo);
     outcome
 }

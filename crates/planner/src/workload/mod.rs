@@ -1,5 +1,6 @@
 //! Requests with their times, lengths and prefix blocks: read from traces, scaled, or drawn by chance.
 
+mod arrive;
 mod azure;
 mod error;
 mod generate;

@@ -30,6 +30,8 @@ pub fn plain(step_s: f64) -> Profile {
             bytes: vec![0.0, 1e12],
             seconds: vec![0.0, 1e-3],
         }],
+        handover_fixed_s: 0.0,
+        contended: None,
         request_overhead_s: 0.0,
         startup_s: 0.0,
         role_change_s: 0.0,
