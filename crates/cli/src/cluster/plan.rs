@@ -46,6 +46,10 @@ pub struct ClusterOptions {
     pub http_listen: SocketAddr,
     /// The coordinator's gRPC door.
     pub grpc_listen: SocketAddr,
+    /// More flags of the coordinator.
+    pub coordinator_flags: Vec<String>,
+    /// More flags of all nodes.
+    pub node_flags: Vec<String>,
     /// `--log-filter` of all.
     pub log_filter: String,
     /// Children's logs are shown as they come; else kept for when something goes wrong.
@@ -90,7 +94,9 @@ impl ClusterOptions {
             ("--log-filter", self.log_filter.clone()),
             ("--drain-timeout", DRAIN_TIMEOUT.to_owned()),
         ];
-        child("coordinator", &["coordinator", "--exit-with-parent"], &flags)
+        let mut plan = child("coordinator", &["coordinator", "--exit-with-parent"], &flags);
+        plan.arguments.extend(self.coordinator_flags.iter().cloned());
+        plan
     }
 
     /// The nodes, which find each other in the store at `store`.
@@ -119,7 +125,9 @@ impl ClusterOptions {
                 if self.store == "embedded" {
                     flags.push(("--node-id", name.clone()));
                 }
-                nodes.push(child(&name, &["node", "--exit-with-parent"], &flags));
+                let mut plan = child(&name, &["node", "--exit-with-parent"], &flags);
+                plan.arguments.extend(self.node_flags.iter().cloned());
+                nodes.push(plan);
             }
         }
         Ok(nodes)
@@ -176,6 +184,8 @@ mod tests {
             name: "default".to_owned(),
             http_listen: "127.0.0.1:0".parse().unwrap(),
             grpc_listen: "127.0.0.1:0".parse().unwrap(),
+            coordinator_flags: Vec::new(),
+            node_flags: Vec::new(),
             log_filter: "info".to_owned(),
             show_logs: false,
         }

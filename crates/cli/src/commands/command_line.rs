@@ -1,6 +1,6 @@
 //! The command line as a whole: which subcommands there are, and the runtime that each runs on.
 
-use super::{chat, coordinator, demo, drain, explain, model, node, plan, role, status, up};
+use super::{chat, coordinator, demo, drain, explain, model, node, plan, profile, replay, role, status, up, validate};
 use anyhow::{Context, Result};
 use std::future::Future;
 use std::process::ExitCode;
@@ -39,6 +39,12 @@ enum Command {
     Role(role::Role),
     /// Finds how many prefill and decode nodes a workload needs
     Plan(Box<plan::Plan>),
+    /// Measures what a node can do on this machine, for plans
+    Profile(Box<profile::Profile>),
+    /// Replays a trace against a running cluster, or any OpenAI-compatible server, and measures it
+    Replay(Box<replay::Replay>),
+    /// Replays what was predicted first, and tells how far off the prediction was
+    Validate(Box<validate::Validate>),
     /// Fetches models
     Model(model::Model),
     /// Runs one node in this process
@@ -62,6 +68,9 @@ impl Baton {
             Command::Drain(drain) => block_on(drain.run()),
             Command::Role(role) => block_on(role.run()),
             Command::Plan(plan) => plan.run(),
+            Command::Profile(profile) => block_on(profile.run()),
+            Command::Replay(replay) => block_on(replay.run()),
+            Command::Validate(validate) => block_on(validate.run()),
             Command::Model(model) => block_on(model.run()),
             Command::Node(node) => block_on(node.run()),
             Command::Coordinator(coordinator) => block_on(coordinator.run()),
@@ -106,6 +115,9 @@ mod tests {
             "drain",
             "role",
             "plan",
+            "profile",
+            "replay",
+            "validate",
             "model",
             "node",
             "coordinator",

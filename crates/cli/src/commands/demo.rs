@@ -91,6 +91,8 @@ impl Demo {
             name: "default".to_owned(),
             http_listen: any_port,
             grpc_listen: any_port,
+            coordinator_flags: Vec::new(),
+            node_flags: Vec::new(),
             log_filter: "info".to_owned(),
             show_logs: false,
         };

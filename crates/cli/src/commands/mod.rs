@@ -9,9 +9,13 @@ mod explain;
 mod model;
 mod node;
 mod plan;
+mod profile;
+mod replay;
 mod role;
 mod signals;
 mod status;
 mod up;
+mod validate;
+mod workload;
 
 pub use command_line::Baton;

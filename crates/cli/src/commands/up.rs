@@ -101,6 +101,8 @@ impl Up {
             name: self.cluster.clone(),
             http_listen: self.http_listen,
             grpc_listen: self.grpc_listen,
+            coordinator_flags: Vec::new(),
+            node_flags: Vec::new(),
             log_filter: self.log_filter.clone(),
             show_logs: true,
         };

@@ -61,8 +61,8 @@ pub struct Plan {
     /// Only the trace's first requests
     #[arg(long, value_name = "COUNT")]
     requests: Option<usize>,
-    /// Prompts, answers and prefix blocks of the trace are made so many times as long
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    /// Prompts, answers and prefix blocks of the trace are made so many times as long: a number, or a fraction such as 1/32
+    #[arg(long, value_name = "FACTOR", default_value = "1", value_parser = super::super::workload::parse_factor)]
     lengths: f64,
     /// How nodes are chosen: predicted, least-loaded, round-robin or random-two
     #[arg(long, value_name = "POLICY", default_value_t = Policy::Predicted)]

@@ -6,3 +6,4 @@ mod nodes;
 mod print;
 
 pub use command::Plan;
+pub use given::parse_rate;

@@ -1,0 +1,272 @@
+//! The flags, and the order in which things are measured.
+
+use super::super::signals::{INTERRUPTED, unless_interrupted};
+use super::engine::{BLOCK_TOKENS, Engine};
+use super::live::{self, Live, Probes};
+use super::neighbour::Neighbour;
+use super::tables::{self, Points, Tables};
+use crate::cluster::{ClusterOptions, Shape};
+use crate::models::ModelSource;
+use anyhow::{Context, Result, anyhow, ensure};
+use baton_node_runtime::parse_bytes;
+use baton_planner::profile::{FORMAT_VERSION, Kind, ModelShape, Profile as ProfileFile};
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// As nodes have them unless told.
+const CHUNK_TOKENS: u32 = 256;
+const PREFILL_RUNNING_MAX: u32 = 32;
+
+/// Measures what a node can do on this machine, for `baton plan --profile`.
+///
+/// First the engine in this process: how long steps take over what they compute, alone and beside as many busy neighbours as nodes will
+/// have. Then a prefill node and a decode node, started for this: hand-overs, what the coordinator adds, KV capacity, start, change of
+/// role. Nothing else should run on the machine meanwhile. Takes a minute or two for a small model.
+#[derive(Debug, clap::Args)]
+pub struct Profile {
+    /// smollm2, a .gguf file, a folder with config.json and *.safetensors, or a Hugging Face repository
+    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
+    model: ModelSource,
+    /// Where the profile is written, JSON
+    #[arg(long, value_name = "FILE", default_value = "profile.json")]
+    out: PathBuf,
+    /// Compute threads of a node
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: u32,
+    /// 1: steps are also measured beside another node that computes on this machine
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
+    neighbours: u32,
+    /// KV memory of each node
+    #[arg(long, value_name = "BYTES", default_value = "512MiB", value_parser = parse_bytes)]
+    kv_bytes: u64,
+    /// The largest decode batch that is measured
+    #[arg(long, value_name = "COUNT", default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=256))]
+    batch_max: u32,
+    /// The longest prompt and answer that are measured, and half of the tokens that all sequences of a batch may have
+    #[arg(long, value_name = "TOKENS", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1024..))]
+    context_max: u32,
+    /// Times that each point is measured; the median counts
+    #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+}
+
+impl Profile {
+    /// Measures, writes, and tells the main figures.
+    pub async fn run(self) -> Result<ExitCode> {
+        ensure!(
+            !self.model.is_stub(),
+            "a stub's times are scripted: there is nothing to measure; name a model with --model"
+        );
+        match unless_interrupted(self.measure()).await? {
+            Some(measured) => measured.map(|()| ExitCode::SUCCESS),
+            None => {
+                eprintln!("baton: interrupted; nothing was written");
+                Ok(ExitCode::from(INTERRUPTED))
+            }
+        }
+    }
+
+    async fn measure(&self) -> Result<()> {
+        let model = self.model.resolve().await?;
+        let (settings, path) = (self.settings(), model.clone());
+        let steps = tokio::task::spawn_blocking(move || settings.steps(&path));
+        let steps = steps.await.map_err(|_| anyhow!("measuring steps panicked"))??;
+        let longest = steps.longest;
+        let probes = Probes {
+            lengths: [16, 64, 128, 256, 1024, 4096]
+                .into_iter()
+                .filter(|length| *length + 64 < longest)
+                .collect(),
+            repeat: self.repeat as usize,
+            chunk_tokens: CHUNK_TOKENS,
+            block_tokens: BLOCK_TOKENS,
+            prefill: &steps.tables.prefill,
+        };
+        let live = live::measure(&self.pair(model), &probes).await?;
+        let profile = self.profile(steps, live);
+        profile.check()?;
+        profile.write(&self.out)?;
+        writeln!(std::io::stdout(), "{}", told(&profile, &self.out.display().to_string())).context("write")
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
+            threads: self.threads as usize,
+            neighbours: self.neighbours,
+            batch_max: self.batch_max,
+            context_max: self.context_max,
+            repeat: self.repeat as usize,
+        }
+    }
+
+    fn pair(&self, model: String) -> ClusterOptions {
+        let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        ClusterOptions {
+            shape: Shape {
+                prefill: 1,
+                decode: 1,
+                model: self.model.clone(),
+            },
+            model,
+            kv_bytes: Some(self.kv_bytes * 2),
+            threads: Some(self.threads as usize),
+            store: "embedded".to_owned(),
+            name: "default".to_owned(),
+            http_listen: any_port,
+            grpc_listen: any_port,
+            // Probes must go through both nodes, however short they are.
+            coordinator_flags: vec!["--routing-policy".to_owned(), "least-loaded".to_owned()],
+            node_flags: one_token_a_step(),
+            log_filter: "warn".to_owned(),
+            show_logs: false,
+        }
+    }
+
+    fn profile(&self, steps: Steps, live: Live) -> ProfileFile {
+        let beside = match &steps.tables.contended {
+            Some(_) => "alone, and beside a neighbour that computes all the time",
+            None => "alone",
+        };
+        let sources = vec![
+            format!(
+                "steps: the engine in one process, {beside}; medians of {} in turns; {}",
+                self.repeat, steps.numerics
+            ),
+            "steps that no node can do (a sequence longer than the model takes): the line through their row".to_owned(),
+            format!(
+                "hand-overs, overhead: up to {} requests one by one through a live pair",
+                live.probes
+            ),
+        ];
+        ProfileFile {
+            version: FORMAT_VERSION,
+            name: format!("{}, {} threads on {}", live.model, self.threads, steps.hardware),
+            kind: Kind::Measured,
+            sources,
+            hardware: steps.hardware,
+            model: ModelShape {
+                name: live.model,
+                layers: steps.layers,
+                kv_bytes_per_token: steps.kv_token_bytes,
+            },
+            block_tokens: BLOCK_TOKENS,
+            chunk_tokens: CHUNK_TOKENS,
+            kv_capacity_tokens: live.kv_capacity_tokens,
+            queue_max: live.queue_max,
+            prefill_running_max: PREFILL_RUNNING_MAX,
+            prefill: steps.tables.prefill,
+            decode: steps.tables.decode,
+            mixed_saves_s: steps.tables.mixed_saves_s,
+            handover: live.handover,
+            handover_fixed_s: live.handover_fixed_s,
+            contended: steps.tables.contended,
+            request_overhead_s: live.request_overhead_s,
+            startup_s: live.startup_s,
+            role_change_s: live.role_change_s,
+            residuals: steps.tables.residuals,
+            error_bars: Vec::new(),
+        }
+    }
+}
+
+/// Nodes draw one token from each step: how many they could guess depends on the text, which neither profiles nor traces tell.
+pub fn one_token_a_step() -> Vec<String> {
+    vec!["--speculation".to_owned(), "off".to_owned()]
+}
+
+/// What the measuring thread needs to know.
+struct Settings {
+    threads: usize,
+    neighbours: u32,
+    batch_max: u32,
+    context_max: u32,
+    repeat: usize,
+}
+
+/// What it measured.
+struct Steps {
+    tables: Tables,
+    layers: u32,
+    kv_token_bytes: u64,
+    longest: u32,
+    numerics: String,
+    hardware: String,
+}
+
+impl Settings {
+    fn steps(&self, model: &str) -> Result<Steps> {
+        let total = self.context_max * 2;
+        let load = |sequences, total| {
+            eprintln!("baton: loading {model}");
+            Engine::load(model, self.threads, sequences, total)
+        };
+        let mut engine = load(self.batch_max as usize + 1, total)?;
+        let neighbour = match self.neighbours {
+            0 => None,
+            _ => Some(Neighbour::start(load(3, 4096)?)),
+        };
+        let longest = engine.config().context_tokens.min(self.context_max);
+        let points = Points::new(CHUNK_TOKENS, longest, total, self.batch_max, self.repeat);
+        let tables = tables::measure(&mut engine, neighbour.as_ref(), &points)?;
+        neighbour.map_or(Ok(()), Neighbour::end)?;
+        Ok(Steps {
+            tables,
+            layers: engine.config().layers,
+            kv_token_bytes: engine.kv_token_bytes(),
+            longest,
+            numerics: engine.numerics(),
+            hardware: hardware(),
+        })
+    }
+}
+
+/// The processor's name, where the system tells it.
+fn hardware() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+fn told(profile: &ProfileFile, out: &str) -> String {
+    let at = |grid: &baton_planner::profile::Grid, x: f64, y: f64| grid.at(x, y, ["x", "y"]).unwrap_or(0.0) * 1e3;
+    let beside = |pick: fn(&baton_planner::profile::Contended) -> &baton_planner::profile::Grid, x: f64, y: f64| {
+        let contended = profile.contended.as_ref();
+        contended.map_or(String::new(), |c| {
+            format!(" ({:.1} beside a busy neighbour)", at(pick(c), x, y))
+        })
+    };
+    let path = profile.handover.first();
+    let bytes = path.and_then(|path| Some((path.path.clone(), *path.bytes.last()?, *path.seconds.last()?)));
+    let (path, bytes, seconds) = bytes.unwrap_or_default();
+    let residuals: Vec<String> = profile
+        .residuals
+        .iter()
+        .map(|r| format!("{} {:.1}% (p90 {:.1}%)", r.table, 100.0 * r.p50, 100.0 * r.p90))
+        .collect();
+    format!(
+        "{}\n  chunk of {} tokens    {:.1} ms{}\n  decode step, 1 of 256 {:.2} ms{}\n  decode step, 8 of 4096 {:.2} ms{}\n  \
+         both in one step save {:.2} ms\n  hand-over by {path}    {:.1} MB in {:.2} ms, then {:.2} ms\n  request overhead      {:.2} ms\n  \
+         KV capacity           {} tokens\n  start {:.1} s, change of role {:.2} s\n  off the tables, between points: {}\nwritten to {out}",
+        profile.name,
+        profile.chunk_tokens,
+        at(&profile.prefill, f64::from(profile.chunk_tokens), 0.0),
+        beside(|c| &c.prefill, f64::from(profile.chunk_tokens), 0.0),
+        at(&profile.decode, 1.0, 256.0),
+        beside(|c| &c.decode, 1.0, 256.0),
+        at(&profile.decode, 8.0, 4096.0),
+        beside(|c| &c.decode, 8.0, 4096.0),
+        profile.mixed_saves_s * 1e3,
+        bytes / 1e6,
+        seconds * 1e3,
+        profile.handover_fixed_s * 1e3,
+        profile.request_overhead_s * 1e3,
+        profile.kv_capacity_tokens,
+        profile.startup_s,
+        profile.role_change_s,
+        residuals.join(", ")
+    )
+}

@@ -1,0 +1,9 @@
+//! `baton profile`: what a node can do on this machine.
+
+mod command;
+mod engine;
+mod live;
+mod neighbour;
+mod tables;
+
+pub use command::{Profile, one_token_a_step};

@@ -1,0 +1,9 @@
+//! `baton validate`: what was predicted first, against what a cluster then did.
+
+mod command;
+mod division;
+mod report;
+mod runs;
+mod stored;
+
+pub use command::Validate;
