@@ -29,7 +29,7 @@ impl BlockTable {
         let (width, scale_width) = (geometry.dtype.bytes(), geometry.dtype.scale_bytes());
         let empty = block_tokens - slots;
         for lane in 0..2 * (geometry.kv_heads * geometry.layers) as usize {
-            let keys = lane / geometry.kv_heads as usize % 2 == 0;
+            let keys = (lane / geometry.kv_heads as usize).is_multiple_of(2);
             // A lane of keys has the empty slots at the end of each of its rows.
             let (rows, part, row_bytes) = match keys {
                 true => (geometry.head_dim as usize, KvPart::Key, empty * width),

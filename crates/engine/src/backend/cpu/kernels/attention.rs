@@ -12,7 +12,9 @@
 
 use super::LANES;
 use super::simd::{Simd, fold};
-use super::stored::{Eight, Half, InPlace, Tile, Unpacked, Where, in_place, load_keys, load_scales, load_values};
+use super::stored::{
+    Eight, Half, InPlace, Tile, Unpacked, Where, in_place, load_keys, load_scales, load_values, times,
+};
 use crate::backend::cpu::arena::KvLayer;
 use baton_types::{KvDtype, KvPart};
 use std::ops::Range;
@@ -518,18 +520,6 @@ unsafe fn soften<S: Simd>(
             times::<S>(scores, values);
         }
         factor
-    }
-}
-
-/// Multiplies SPAN elements by as many scales.
-#[inline(always)]
-unsafe fn times<S: Simd>(elements: &mut [f32], scales: &[f32]) {
-    for (elements, scales) in elements.chunks_exact_mut(LANES).zip(scales.chunks_exact(LANES)) {
-        // SAFETY: sixteen elements each; the caller's promise.
-        unsafe {
-            let product = S::mul(S::load(elements.as_ptr()), S::load(scales.as_ptr()));
-            S::store(elements.as_mut_ptr(), product);
-        }
     }
 }
 

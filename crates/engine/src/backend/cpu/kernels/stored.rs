@@ -249,6 +249,18 @@ pub(super) unsafe fn load_scales<S: Simd>(kv: &KvLayer<'_>, part: KvPart, at: Wh
     true
 }
 
+/// Multiplies SPAN elements by as many scales.
+#[inline(always)]
+pub(super) unsafe fn times<S: Simd>(elements: &mut [f32], scales: &[f32]) {
+    for (elements, scales) in elements.chunks_exact_mut(LANES).zip(scales.chunks_exact(LANES)) {
+        // SAFETY: sixteen elements each; the caller's promise.
+        unsafe {
+            let product = S::mul(S::load(elements.as_ptr()), S::load(scales.as_ptr()));
+            S::store(elements.as_mut_ptr(), product);
+        }
+    }
+}
+
 /// Keys of one tile as f32: `(head_dim, SPAN)`. What absent positions get is never looked at.
 #[inline(always)]
 pub(super) unsafe fn load_keys<S: Simd>(kv: &KvLayer<'_>, at: Where, out: &mut [f32]) {
