@@ -3,6 +3,7 @@
 
 #![warn(missing_docs)]
 
+pub mod control;
 mod nanos;
 pub mod predict;
 pub mod profile;

@@ -6,6 +6,7 @@ use super::outcome::Fate;
 use crate::Nanos;
 use crate::workload::Workload;
 use baton_scheduling::Side;
+use rustc_hash::FxHashMap;
 
 /// One node, as its heartbeats and the coordinator's own book say.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,6 +42,8 @@ pub struct Looked<'a> {
     pub workload: &'a Workload,
     /// How many of its requests have come.
     pub arrived: usize,
+    /// Tokens so far of those that are decoded.
+    running: FxHashMap<u32, u32>,
     cluster: &'a Cluster<'a>,
 }
 
@@ -50,11 +53,25 @@ impl std::fmt::Debug for Cluster<'_> {
     }
 }
 
+fn running(cluster: &Cluster<'_>) -> FxHashMap<u32, u32> {
+    let mut running = FxHashMap::default();
+    for engine in &cluster.engines {
+        let (steps, _) = engine.growing(cluster.events.now);
+        for (request, computed) in engine.decoding.requests() {
+            let input = cluster.workload.requests()[request as usize].input;
+            running.insert(request, (computed + 1 + steps as u32).saturating_sub(input));
+        }
+    }
+    running
+}
+
 /// One request that has come, as the coordinator knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestLook {
     /// From its arrival to its first token, once it has one.
     pub ttft: Option<Nanos>,
+    /// Tokens of its answer so far.
+    pub tokens: u32,
     /// Tokens of its answer, once it has all of them.
     pub output: Option<u32>,
     /// When it got its last one, then.
@@ -89,6 +106,7 @@ impl<'a> Looked<'a> {
             line: cluster.line.len() + usize::from(cluster.head.is_some()) + cluster.again.len(),
             workload: cluster.workload,
             arrived,
+            running: running(cluster),
             cluster,
         }
     }
@@ -99,6 +117,7 @@ impl<'a> Looked<'a> {
         let done = fate == Some(Fate::Served);
         RequestLook {
             ttft: seen.first,
+            tokens: self.running.get(&(index as u32)).copied().unwrap_or(seen.drawn),
             output: done.then_some(seen.drawn),
             done_at: seen.last,
             late_gaps: if done { seen.late } else { 0 },

@@ -94,8 +94,37 @@ impl Workload {
         shared as f64 / all.max(1) as f64
     }
 
+    /// No request yet; prefix blocks, where there are any, have so many tokens.
+    pub fn empty(block_tokens: Option<u32>) -> Self {
+        Self {
+            block_tokens,
+            ..Self::default()
+        }
+    }
+
+    /// This workload, and behind a pause another one. Blocks of the other are others than this one's: nobody says the same
+    /// twice on one day. None where both have prefix blocks, of different sizes.
+    pub fn then(mut self, pause: Nanos, other: &Self) -> Option<Self> {
+        if let (Some(ours), Some(theirs)) = (self.block_tokens, other.block_tokens)
+            && ours != theirs
+        {
+            return None;
+        }
+        let start = self.requests.last().map_or(Nanos::ZERO, |last| last.at + pause);
+        let fresh = self.blocks.iter().max().map_or(0, |most| most + 1);
+        let first_block = self.blocks.len() as u32;
+        self.block_tokens = self.block_tokens.or(other.block_tokens);
+        self.blocks.extend(other.blocks.iter().map(|id| id + fresh));
+        self.requests.extend(other.requests.iter().map(|request| Request {
+            at: start + request.at,
+            first_block: first_block + request.first_block,
+            ..*request
+        }));
+        Some(self)
+    }
+
     /// Adds a request that comes last; `chain` are its prompt's blocks, of which only full ones are kept.
-    pub(super) fn push(&mut self, at: Nanos, input: u32, output: u32, chain: &[u32]) {
+    pub fn push(&mut self, at: Nanos, input: u32, output: u32, chain: &[u32]) {
         let full = self
             .block_tokens
             .map_or(0, |tokens| (input / tokens) as usize)

@@ -114,6 +114,29 @@ impl Workload {
         cut
     }
 
+    /// This workload, and behind it another one that begins `fade` before this one's end: requests of this one get the rarer
+    /// over that time, and those of the other the more frequent, by chance. None where both have prefix blocks, of
+    /// different sizes.
+    pub fn fades_into(&self, other: &Self, fade: Nanos, seed: u64) -> Option<Self> {
+        let begins = self.duration().saturating_sub(fade);
+        let joined = self.clone().then(Nanos::ZERO, other)?;
+        let back = self.duration().saturating_sub(begins);
+        let (early, late) = joined.requests.split_at(self.len());
+        let share = |at: Nanos| at.saturating_sub(begins).seconds() / fade.seconds().max(1e-9);
+        let mut rng = Pcg64Mcg::seed_from_u64(seed);
+        let stays = |request: &&super::Request| rng.random::<f64>() >= share(request.at);
+        let mut requests: Vec<super::Request> = early.iter().filter(stays).copied().collect();
+        let moved = late.iter().map(|request| super::Request {
+            at: request.at.saturating_sub(back),
+            ..*request
+        });
+        let mut rng = Pcg64Mcg::seed_from_u64(seed.wrapping_add(1));
+        requests.extend(moved.filter(|request| rng.random::<f64>() < share(request.at)));
+        let mut faded = Self { requests, ..joined };
+        faded.sort();
+        Some(faded)
+    }
+
     /// Only the first so many.
     pub fn first(&mut self, requests: usize) {
         self.requests.truncate(requests);
