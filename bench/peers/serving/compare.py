@@ -70,7 +70,10 @@ def median(values):
 if a.what == "goodput":
     print("| | requests/s within the SLO, median | by round |\n|---|---|---|")
     for name, rows in found.items():
-        rates = [row["goodput_rate"] for row in rows]
+        # With --rate nothing was searched: the share of good requests is in the lines above.
+        rates = [row["goodput_rate"] for row in rows if "goodput_rate" in row]
+        if not rates:
+            continue
         print(f"| {name} | {median(rates):.2f} | {', '.join(f'{r:.2f}' for r in rates)} |")
 else:
     print("| ms, medians of rounds (largest for max) | gaps | p50 | p99 | p99.9 | max | p99 to alone | p99.9 to alone |")
