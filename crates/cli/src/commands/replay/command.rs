@@ -98,22 +98,27 @@ impl Replay {
     }
 }
 
+/// A line on standard error. Nobody may be there to read it any more: what was measured is worth more than the line.
+fn tell(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Offers a schedule, with progress on standard error, until it is done or Ctrl-C comes.
 pub async fn offered(target: &Target, schedule: Vec<Planned>, what: &str) -> Result<Run> {
     let mut signals = Signals::install()?;
     let stop = async {
         let name = signals.next().await;
-        eprintln!("baton: {name}: what was measured so far counts");
+        tell(format_args!("baton: {name}: what was measured so far counts"));
     };
     let told = |progress: Progress| {
-        eprintln!(
+        tell(format_args!(
             "baton: {what}, {:.0} s: {} of {} sent, {} ended, {} failed",
             progress.elapsed.as_secs_f64(),
             progress.sent,
             progress.planned,
             progress.ended,
             progress.failed
-        );
+        ));
     };
     Ok(offer(target, schedule, stop, told).await)
 }
