@@ -79,6 +79,8 @@ async fn a_node_that_dies_while_sequences_move_to_it_costs_no_answer() -> Result
     for delay_ms in [5, 150, 400] {
         let mut cluster = Cluster::start(ClusterOptions::pair(MODEL)).await?;
         let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+        // Heartbeats are late: until they say so, the node looks as busy as it was.
+        cluster.wait_idle(LIMIT).await?;
         let running = Streams::start(&cluster, &asks).await?;
         busy(&cluster, "decode-0", STREAMS).await?;
         cluster.add("decode").await?;
@@ -102,6 +104,8 @@ async fn where_nobody_has_room_a_draining_node_goes_on_until_its_time_is_over() 
     let mut cluster = Cluster::start(ClusterOptions::pair(MODEL)).await?;
     let asks = asks(200);
     let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+    // Heartbeats are late: until they say so, the node looks as busy as it was.
+    cluster.wait_idle(LIMIT).await?;
     let running = Streams::start(&cluster, &asks).await?;
     busy(&cluster, "decode-0", STREAMS).await?;
     let drained = cluster.admin().await?.drain(drain("decode-0", LIMIT)).await;
@@ -120,6 +124,8 @@ async fn what_has_had_its_time_on_a_draining_node_is_done_anew_elsewhere() -> Re
     let mut cluster = Cluster::start(options).await?;
     let asks = asks(200);
     let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+    // Heartbeats are late: until they say so, the node looks as busy as it was.
+    cluster.wait_idle(LIMIT).await?;
     let running = Streams::start(&cluster, &asks).await?;
     busy(&cluster, "decode-0", STREAMS).await?;
     cluster.add("decode").await?;
@@ -141,6 +147,8 @@ async fn a_node_changes_its_role_and_back_under_load() -> Result<()> {
     let cluster = Cluster::start(options).await?;
     let asks = asks(200);
     let reference = Streams::start(&cluster, &asks).await?.finish().await?;
+    // Heartbeats are late: until they say so, the node looks as busy as it was.
+    cluster.wait_idle(LIMIT).await?;
     let before = ready_as(&cluster, "decode-1", v1::NodeRole::Decode).await?;
     let mut admin = cluster.admin().await?;
 
