@@ -89,7 +89,7 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
         "--slo",
         slo,
         "--requests",
-        "40",
+        "10",
     ];
     let validate = [
         "validate",
@@ -118,7 +118,7 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
     let results = json(&folder.path().join("v/results.json"));
     assert_eq!(
         (results.as_array().unwrap().len(), &results[0]["runs"][0]["served"]),
-        (2, &40.into())
+        (2, &10.into())
     );
     let bars = json(&folder.path().join("p.json"))["error_bars"]
         .as_array()

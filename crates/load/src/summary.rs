@@ -128,7 +128,7 @@ impl Summary {
         let took = run.took.as_secs_f64().max(1e-9);
         let times = |of: fn(&Observed) -> Option<Duration>| {
             let served = requests.iter().filter(|r| r.is_served());
-            served.filter_map(move |r| of(r)).map(|time| time.as_secs_f64())
+            served.filter_map(of).map(|time| time.as_secs_f64())
         };
         let whole = || requests.iter().filter(|r| r.is_served());
         let tokens: u64 = whole().map(|r| u64::from(r.tokens())).sum();

@@ -3,6 +3,8 @@
 //! The scripted engine draws each token from everything that it reads back from the arena. With a vocabulary of two or three
 //! its tokens repeat at random, so that about as many guesses are right, and a wrong one that left a trace would show.
 
+#![allow(clippy::unwrap_used)] // a test that panics fails, which is what is wanted
+
 use baton_engine::{Backend, BlockPool, StubSpec, stub};
 use baton_node_host::PoolBlocks;
 use baton_node_host::engine::{

@@ -12,7 +12,6 @@ mod load;
 mod rate;
 mod regression;
 mod route;
-pub mod speculation;
 pub mod step;
 mod table;
 mod times;

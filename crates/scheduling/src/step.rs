@@ -4,6 +4,8 @@
 //! Decoding sequences are in every step (continuous batching); prompts share what is left of one chunk, the earliest
 //! deadline first. A chunk ends at a block's border unless it ends its prompt, so that whole blocks can be handed over.
 
+pub mod speculation;
+
 use std::time::Duration;
 
 /// Bounds of one step.

@@ -218,7 +218,8 @@ fn json_form() -> JsonCompileOptions {
 
 fn cut(mut reason: String) -> String {
     if reason.len() > REASON_BYTES_MAX {
-        reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
+        let end = (0..=REASON_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at));
+        reason.truncate(end.unwrap_or(0));
         reason.push('…');
     }
     reason

@@ -1,6 +1,8 @@
 //! Grammars over the real model's vocabulary and the stub's: what they allow is what they say, wherever an output is taken
 //! up again, and what cannot be promised is refused.
 
+#![allow(clippy::unwrap_used)] // a test that panics fails, which is what is wanted
+
 use baton_text::{EngineFacts, GrammarError, Grammars, ModelCard, Tokenizer};
 use baton_types::{Grammar, KvDtype, ModelFingerprint, NumericsId, TokenSet};
 use serde_json::{Value, json};

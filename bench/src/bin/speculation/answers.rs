@@ -1,6 +1,6 @@
 //! Engines that answer, and what they answered.
 
-use crate::Options;
+use crate::options::Options;
 use anyhow::{Context, Result, bail};
 use baton_engine::{Activations, BlockPool, LoadOptions, load};
 use baton_node_host::PoolBlocks;

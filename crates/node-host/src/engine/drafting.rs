@@ -5,8 +5,8 @@
 
 use super::lookup::{Guess, Lookup};
 use super::slots::Slot;
-use baton_scheduling::speculation::{Acceptance, Batch, DRAFT_TOKENS_MAX, Proposal, Speculation as Learned};
 use baton_scheduling::step::Part;
+use baton_scheduling::step::speculation::{Acceptance, Batch, DRAFT_TOKENS_MAX, Proposal, Speculation as Learned};
 use baton_types::KvGeometry;
 
 /// Whether decoding sequences get drafts.

@@ -29,7 +29,7 @@ pub(super) struct Lookup {
 pub(super) struct Guess {
     /// Place of the first token that may follow.
     source: usize,
-    /// Kind of guess, for [`baton_scheduling::speculation`]: more tokens that agree, a higher number.
+    /// Kind of guess, for [`baton_scheduling::step::speculation`]: more tokens that agree, a higher number.
     pub kind: usize,
 }
 

@@ -8,7 +8,7 @@ use super::sequence::{Beginning, Drawn, PrefillDone, SequenceError, SequenceEven
 use super::sharing::Sharing;
 use baton_engine::{BlockPool, BlockTable, NoRoom, sample_of};
 use baton_node_runtime::Moment;
-use baton_scheduling::speculation::{Proposal, Speculation as Learned};
+use baton_scheduling::step::speculation::{Proposal, Speculation as Learned};
 use baton_scheduling::step::{Candidate, Waiter};
 use baton_types::{ArenaView, KvGeometry};
 use std::sync::{Arc, Weak};

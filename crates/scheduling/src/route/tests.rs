@@ -148,7 +148,7 @@ fn a_decode_node_without_room_behind_those_that_wait_does_not_prefill() {
         ..busy.clone()
     };
     assert_eq!(
-        choose(10, &[busy.clone()], &[decode(4, 5)]),
+        choose(10, std::slice::from_ref(&busy), &[decode(4, 5)]),
         (0, 9),
         "one block for each that waits, and for it"
     );
@@ -157,7 +157,7 @@ fn a_decode_node_without_room_behind_those_that_wait_does_not_prefill() {
         (1, 9),
         "it would take the place of one that waits"
     );
-    assert_eq!(choose(10, &[full.clone()], &[decode(4, 5)]), (0, 9));
+    assert_eq!(choose(10, std::slice::from_ref(&full), &[decode(4, 5)]), (0, 9));
     let routed = route(&ask(10, &[], &handovers()), &[full], &[decode(5, 5)]);
     assert!(
         matches!(routed.decision, Decision::Hold { .. }),
