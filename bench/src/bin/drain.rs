@@ -61,8 +61,14 @@ async fn main() -> Result<()> {
     for leave in [Leave::Drain, Leave::Sigterm] {
         let mut all: Vec<Left> = Vec::new();
         for _ in 0..options.runs {
-            let cluster =
-                ClusterOptions::pair(&model).node_flags(&["--threads", &threads, "--transports", &options.transports]);
+            let cluster = ClusterOptions::pair(&model).node_flags(&[
+                "--threads",
+                &threads,
+                "--transports",
+                &options.transports,
+                "--speculation",
+                "off",
+            ]);
             let left = leave_under_load(cluster, &asks, leave).await?;
             show(&format!("{leave:?}"), std::slice::from_ref(&left));
             all.push(left);
