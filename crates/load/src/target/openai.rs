@@ -257,6 +257,8 @@ impl Pieces {
         let frame = |(index, (at, so_far)): (usize, &(Duration, Option<u32>))| {
             let by_now = match so_far {
                 Some(so_far) if told => *so_far,
+                // The last piece has all that is left, also where it is the only one.
+                Some(_) | None if index + 1 == self.came.len() => all,
                 Some(_) | None => 1 + (u64::from(all - 1) * index as u64 / u64::from(later)) as u32,
             };
             let tokens = by_now.saturating_sub(before);
