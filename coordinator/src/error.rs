@@ -4,6 +4,7 @@ use crate::TenantsError;
 use baton_cluster_state::{ClaimError, StoreError};
 use baton_node_runtime::telemetry::TelemetryError;
 use baton_node_runtime::{AdminError, BindError};
+use baton_planner::profile::ProfileError;
 
 /// A coordinator that did not come up, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,9 @@ pub enum StartError {
     /// The tenants file.
     #[error("--tenants: {0}")]
     Tenants(#[from] TenantsError),
+    /// The controller's profile.
+    #[error("--control-profile: {0}")]
+    Profile(#[from] ProfileError),
     /// The gRPC reflection service could not be made.
     #[error("gRPC reflection: {reason}")]
     Reflection {
@@ -69,6 +73,7 @@ impl StartError {
             Self::Admin(error) => error.is_retryable(),
             Self::Store(error) => error.is_retryable(),
             Self::Claim(error) => error.is_retryable(),
+            Self::Profile(error) => error.is_retryable(),
             Self::Interrupted => true,
             Self::Option { .. }
             | Self::Telemetry(_)

@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod api;
+mod control;
 mod core;
 mod driver;
 mod error;
@@ -15,6 +16,7 @@ mod service;
 mod simulation_test;
 mod tenants;
 
+pub use control::{ControlFlags, ControlMode};
 pub use error::StartError;
 pub use frontend::{
     ApiCode, ApiError, ApiKey, Chunk, Finished, Frontend, GenerateInput, Generation, GenerationEvent, ModelInfo,

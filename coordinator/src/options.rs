@@ -1,6 +1,6 @@
 //! The flags of a coordinator.
 
-use crate::StartError;
+use crate::{ControlFlags, StartError};
 use baton_cluster_state::{Credentials, InvalidAddress, StoreAddress, StoreOptions};
 use baton_node_runtime::{ProcessOptions, parse_bytes, parse_duration};
 use baton_scheduling::Policy;
@@ -142,6 +142,9 @@ pub struct Options {
     /// How long running requests may take once the process is told to end
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "30s", help_heading = "Requests")]
     pub drain_timeout: Duration,
+    /// The controller.
+    #[command(flatten)]
+    pub control: ControlFlags,
     /// Logs, admin port, configuration file.
     #[command(flatten)]
     pub process: ProcessOptions,

@@ -4,6 +4,7 @@
 //! hangs on the inner one, which ends when they are over or out of time.
 
 use crate::api::{grpc, http};
+use crate::control::{Control, ControlPlan, Record};
 use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
 use crate::membership::{Members, WatchOptions, network, watch, watch_locations};
 use crate::tenants::Tenants;
@@ -80,6 +81,7 @@ impl Service {
     /// Whatever kept it from coming up.
     pub async fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let (clock, inner, instance) = (Clock::new(), Supervisor::new(), Instance::random());
+        let plan = options.control.plan(routing(options))?;
         let http_listener = bind("--http-listen", options.http_listen).await?;
         let grpc_listener = bind("--grpc-listen", options.grpc_listen).await?;
         let http_address = address("--http-listen", &http_listener)?;
@@ -92,13 +94,6 @@ impl Service {
         let tenants = Tenants::load(options.tenants.as_deref(), clock)?;
         let index = BlockIndex::new(options.index_locations_max);
         let members = Members::new(clock, options.lease_ttl, options.inhibit, index, network());
-        let locations = stream::unfold(store.watch_blocks(), |mut watch| async {
-            Some((watch.next().await, watch))
-        });
-        watch_locations(locations, members.clone(), clock, &inner);
-        let nodes = stream::unfold(store.watch_nodes(), |mut watch| async {
-            Some((watch.next().await, watch))
-        });
         let watching = WatchOptions {
             members: members.clone(),
             instance,
@@ -106,7 +101,7 @@ impl Service {
             clock,
             supervisor: inner.clone(),
         };
-        watch(nodes, watching);
+        follow(&store, watching);
         let coordinator = Coordinator::new(CoordinatorOptions {
             members,
             instance,
@@ -115,22 +110,22 @@ impl Service {
                 queued_max: options.queue,
             },
             tenants,
-            routing: RoutingOptions {
-                policy: options.routing_policy,
-                slo: Slo {
-                    ttft: options.slo_ttft,
-                    itl: options.slo_itl,
-                },
-            },
+            routing: routing(options),
             decisions_max: options.decisions_max,
+            record: plan
+                .as_ref()
+                .map_or_else(Record::default, |plan| plan.record(clock.now())),
             timeout_default: options.default_timeout,
             timeout_max: options.timeout_max,
             clock,
             supervisor: inner.clone(),
         });
+        let start = |plan: ControlPlan| Control::start(plan, &coordinator, &store, clock, &inner);
+        let control = plan.map_or_else(Control::default, start);
         let doors = CancellationToken::new();
         let door = grpc::DoorOptions {
             coordinator: coordinator.clone(),
+            control,
             store,
             store_name: embedded.map_or_else(|| options.store.to_string(), |address| format!("embedded at {address}")),
             body_bytes_max: usize::try_from(options.body_bytes_max).unwrap_or(usize::MAX),
@@ -207,6 +202,29 @@ impl Service {
             }
         };
         self.clock.timeout(deadline, empty).await.is_ok()
+    }
+}
+
+/// Follows who is in the cluster, and which node holds which blocks.
+fn follow(store: &Store, watching: WatchOptions) {
+    let locations = stream::unfold(store.watch_blocks(), |mut watch| async {
+        Some((watch.next().await, watch))
+    });
+    let (members, clock) = (watching.members.clone(), watching.clock);
+    watch_locations(locations, members, clock, &watching.supervisor);
+    let nodes = stream::unfold(store.watch_nodes(), |mut watch| async {
+        Some((watch.next().await, watch))
+    });
+    watch(nodes, watching);
+}
+
+fn routing(options: &Options) -> RoutingOptions {
+    RoutingOptions {
+        policy: options.routing_policy,
+        slo: Slo {
+            ttft: options.slo_ttft,
+            itl: options.slo_itl,
+        },
     }
 }
 

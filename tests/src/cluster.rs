@@ -72,6 +72,13 @@ impl ClusterOptions {
         }
     }
 
+    /// Every prompt is computed on a prefill node: prediction may leave a short one to the decode node alone.
+    pub fn always_handed_over(mut self) -> Self {
+        let policy = ["--routing-policy", "least-loaded"];
+        self.coordinator_flags.extend(policy.map(str::to_owned));
+        self
+    }
+
     /// Adds flags for every node.
     pub fn node_flags(mut self, flags: &[&str]) -> Self {
         self.node_flags.extend(flags.iter().map(|&flag| flag.to_owned()));

@@ -86,17 +86,17 @@ pub async fn busy(cluster: &Cluster, node: &str, requests: usize) -> Result<()> 
 }
 
 /// Starts a pair, runs all `asks` on it undisturbed, runs them again, and takes the decode node out from under them once
-/// another one is there. Every answer must be the undisturbed one, and the node must end with exit code 0.
+/// `running` of them run at a time and another one is there. Every answer must be the undisturbed one, and the node must end with exit code 0.
 ///
 /// # Errors
 /// Whatever of that is not so.
-pub async fn leave_under_load(options: ClusterOptions, asks: &[Ask], leave: Leave) -> Result<Left> {
+pub async fn leave_under_load(options: ClusterOptions, asks: &[Ask], running: usize, leave: Leave) -> Result<Left> {
     let mut cluster = Cluster::start(options).await?;
     let reference = Streams::start(&cluster, asks).await?.finish().await?;
     // Heartbeats are late: until they say so, the node looks as busy as it was.
     cluster.wait_idle(LIMIT).await?;
-    let running = Streams::start(&cluster, asks).await?;
-    busy(&cluster, "decode-0", asks.len()).await?;
+    let streams = Streams::start(&cluster, asks).await?;
+    busy(&cluster, "decode-0", running).await?;
     cluster.add("decode").await?;
     cluster.wait_listed().await?;
 
@@ -122,7 +122,7 @@ pub async fn leave_under_load(options: ClusterOptions, asks: &[Ask], leave: Leav
         );
         Ok(ordered.elapsed())
     };
-    let (answers, took) = tokio::join!(running.finish(), ended);
+    let (answers, took) = tokio::join!(streams.finish(), ended);
     let (answers, took) = (answers.with_context(|| cluster.logs())?, took?);
     same_tokens(&answers, &reference)?;
     cluster.wait_idle(LIMIT).await?;

@@ -49,7 +49,7 @@ fn set_role(node: &str, role: v1::NodeRole) -> v1::SetRoleRequest {
 #[tokio::test(flavor = "multi_thread")]
 async fn running_sequences_move_with_their_kv_when_their_node_leaves() -> Result<()> {
     for leave in [Leave::Drain, Leave::Sigterm] {
-        let left = leave_under_load(ClusterOptions::pair(MODEL), &asks(400), leave).await?;
+        let left = leave_under_load(ClusterOptions::pair(MODEL), &asks(400), STREAMS, leave).await?;
         println!("{leave:?}: {left:?}");
         ensure!(left.moved == STREAMS, "{leave:?}: not all were moved: {left:?}");
         ensure!(left.anew == 0, "{leave:?}: some were done anew: {left:?}");
@@ -67,13 +67,14 @@ async fn a_real_model_goes_on_token_for_token() -> Result<()> {
             // Drafts end some answers before the node is told to leave.
             let flags = ["--threads", "1", "--speculation", "off"];
             let options = ClusterOptions::pair(&model).node_flags(&flags);
-            let left = leave_under_load(options, &asks(tokens), leave).await?;
+            let left = leave_under_load(options, &asks(tokens), STREAMS, leave).await?;
             println!("{leave:?}: {left:?}");
             ensure!(left.moved == STREAMS, "{leave:?}: not all were moved: {left:?}");
         }
     }
     let options = ClusterOptions::pair(&model).node_flags(&["--threads", "1", "--speculation", "always"]);
-    let left = leave_under_load(options, &asks(400), Leave::Drain).await?;
+    // With drafts the first may be through before the last has begun.
+    let left = leave_under_load(options, &asks(400), 2, Leave::Drain).await?;
     println!("with drafts: {left:?}");
     ensure!(left.moved > 0, "none was moved with its drafts: {left:?}");
     Ok(())

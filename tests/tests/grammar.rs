@@ -107,7 +107,7 @@ async fn an_answer_is_the_same_wherever_it_is_held_to_its_schema() -> Result<()>
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_goes_on_by_its_schema_on_another_node() -> Result<()> {
     let options = ClusterOptions::pair(model_path().display().to_string()).node_flags(&["--threads", "1"]);
-    let left = leave_under_load(options, &asks(), Leave::Drain).await?;
+    let left = leave_under_load(options, &asks(), 2, Leave::Drain).await?;
     println!("{left:?}");
     ensure!(left.moved + left.anew > 0, "none was moved: {left:?}");
     Ok(())

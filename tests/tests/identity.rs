@@ -21,7 +21,7 @@ const TOKENS: u32 = 32;
 fn campaign() -> Vec<Prompt> {
     let mut all = prompts();
     if !long_campaign() {
-        all.truncate(12);
+        all.truncate(8);
     }
     all
 }

@@ -23,11 +23,9 @@ async fn until_indexed(cluster: &Cluster, wanted: f64) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn locations_are_known_and_go_with_the_lease() -> Result<()> {
-    // Prediction would leave prompts this short to the decode node alone.
-    let options = ClusterOptions {
-        coordinator_flags: ["--routing-policy", "least-loaded"].map(str::to_owned).to_vec(),
-        ..ClusterOptions::pair("stub").node_flags(&["--lease-ttl", "2s"])
-    };
+    let options = ClusterOptions::pair("stub")
+        .node_flags(&["--lease-ttl", "2s"])
+        .always_handed_over();
     let mut cluster = Cluster::start(options).await?;
     let client = cluster.client().await?;
     let prompt = |seed: u32| (0..64).map(|at| 1 + (at * 7 + seed) % 200).collect();

@@ -43,7 +43,7 @@ async fn path_load(cluster: &Cluster, path: &str, sent: u64) -> Result<v1::PathL
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_of_one_host_take_shared_memory_and_answer_as_over_tcp() -> Result<()> {
     let model = model_path().display().to_string();
-    let shm = Cluster::start(ClusterOptions::pair(&model)).await?;
+    let shm = Cluster::start(ClusterOptions::pair(&model).always_handed_over()).await?;
     let over_shm = answers(&shm).await?;
     ensure!(
         over_shm.iter().all(|(_, path)| path == "shm"),
@@ -57,7 +57,8 @@ async fn nodes_of_one_host_take_shared_memory_and_answer_as_over_tcp() -> Result
     );
     shm.wait_idle(Duration::from_secs(20)).await?;
     drop(shm);
-    let tcp = Cluster::start(ClusterOptions::pair(&model).node_flags(&["--require-path", "tcp"])).await?;
+    let options = ClusterOptions::pair(&model).node_flags(&["--require-path", "tcp"]);
+    let tcp = Cluster::start(options.always_handed_over()).await?;
     let over_tcp = answers(&tcp).await?;
     ensure!(over_tcp.iter().all(|(_, path)| path == "tcp"), "{over_tcp:?}");
     path_load(&tcp, "tcp", PROMPTS.len() as u64).await?;

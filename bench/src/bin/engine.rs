@@ -4,18 +4,25 @@
 //! `tg32x8`: as that, eight sequences in each step; tokens of all of them count.
 //!
 //! With `--perplexity FILE` that of its text instead, as llama-perplexity counts it: whole windows, each from an empty context,
-//! of which the second half is scored.
+//! of which the second half is scored. With `--reads` also what decoding one sequence is bounded by: how fast as many threads
+//! read memory, from huge pages where the system has them.
 
 use anyhow::{Context, Result};
 use baton_engine::{Activations, Backend, Isa, LoadOptions, Slice, Unobserved, WantedLogits, load};
+use baton_kv_transfer::Arena;
 use baton_node_host::KvDtypeFlag;
 use baton_types::{ArenaView, BlockId};
 use clap::Parser;
+use memmap2::MmapMut;
 use serde::Serialize;
+use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 const BLOCK_TOKENS: u32 = 16;
+/// Much more than caches hold.
+const READ_BYTES: usize = 256 << 20;
+const READ_TIMES: usize = 8;
 
 /// Measures the engine.
 #[derive(Parser)]
@@ -56,6 +63,9 @@ struct Options {
     /// Tokens of a window of it.
     #[arg(long, default_value_t = 512)]
     window: usize,
+    /// Also how fast memory is read, in GB/s; weights are read once for each token.
+    #[arg(long)]
+    reads: bool,
     /// Lines of JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -111,7 +121,7 @@ fn main() -> Result<()> {
         + 64;
     let geometry = backend.config().kv_geometry(BLOCK_TOKENS, options.kv_dtype.into());
     let per_sequence = geometry.blocks_for(deepest);
-    let arena = ArenaView::on_heap(geometry, per_sequence * sequences);
+    let arena = Arena::allocate(geometry, u32::try_from(per_sequence * sequences)?, &mut |_, _| {})?.view();
     let block = |i: usize| u32::try_from(i).map(BlockId).context("too many blocks");
     let tables = (0..sequences)
         .map(|s| (0..per_sequence).map(|i| block(s * per_sequence + i)).collect())
@@ -156,6 +166,42 @@ impl Bench {
                 };
                 self.measure(name, depth, steps * batch, |bench| bench.decode(batch, depth, steps))?;
             }
+        }
+        if self.options.reads {
+            self.reads()?;
+        }
+        Ok(())
+    }
+
+    fn reads(&self) -> Result<()> {
+        let mut memory = MmapMut::map_anon(READ_BYTES)?;
+        // A system without huge pages says no: then they are small, as they are for the weights.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        memory.fill(1);
+        let mut rates: Vec<f64> = (0..self.options.repeat.max(1))
+            .map(|_| {
+                let begun = Instant::now();
+                std::thread::scope(|scope| {
+                    for part in memory.chunks(READ_BYTES.div_ceil(self.threads)) {
+                        scope.spawn(|| {
+                            for _ in 0..READ_TIMES {
+                                black_box(sum(black_box(part)));
+                            }
+                        });
+                    }
+                });
+                (READ_BYTES * READ_TIMES) as f64 / begun.elapsed().as_secs_f64() / 1e9
+            })
+            .collect();
+        rates.sort_by(f64::total_cmp);
+        let [min, median, max] = [0, rates.len() / 2, rates.len() - 1].map(|i| rates[i]);
+        let threads = self.threads;
+        if self.options.json {
+            let line = serde_json::json!({"test": "read", "threads": threads, "gb_s": median, "gb_s_min": min, "gb_s_max": max});
+            println!("{line}");
+        } else {
+            println!("    read             threads {threads}: {median:8.1} GB/s ({min:.1} to {max:.1})");
         }
         Ok(())
     }
@@ -273,6 +319,17 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// Reads everything; eight sums, so that none waits for another.
+fn sum(bytes: &[u8]) -> [u64; 8] {
+    let mut sums = [0u64; 8];
+    for line in bytes.as_chunks::<64>().0 {
+        for (sum, word) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
+            *sum ^= u64::from_le_bytes(*word);
+        }
+    }
+    sums
 }
 
 fn best(logits: &[f32]) -> u32 {

@@ -5,6 +5,7 @@ use super::placement::{Placer, RoutingOptions};
 use super::prepare::{Bounds, Prepared, prepare, tokenize, unknown_model};
 use super::registry::{Entry, Registry};
 use super::task::{Job, Shared, code_label, run};
+use crate::control::Record;
 use crate::membership::{Members, Model};
 use crate::tenants::Tenants;
 use crate::{ApiCode, ApiError, Frontend, GenerateInput, Generation, ModelInfo, PromptInput};
@@ -34,6 +35,8 @@ pub(crate) struct CoordinatorOptions {
     pub(crate) routing: RoutingOptions,
     /// Requests of which decisions are kept.
     pub(crate) decisions_max: usize,
+    /// Where the controller finds the last requests.
+    pub(crate) record: Record,
     pub(crate) timeout_default: Duration,
     pub(crate) timeout_max: Duration,
     pub(crate) clock: Clock,
@@ -67,6 +70,7 @@ impl Coordinator {
             tenants,
             routing,
             decisions_max,
+            record,
             timeout_default,
             timeout_max,
             clock,
@@ -79,6 +83,7 @@ impl Coordinator {
                 members,
                 placer,
                 decisions,
+                record,
                 clock,
                 instance,
             }),
@@ -113,6 +118,11 @@ impl Coordinator {
         self.0.shared.instance
     }
 
+    /// The last requests, for the controller.
+    pub(crate) fn record(&self) -> &Record {
+        &self.0.shared.record
+    }
+
     /// Why a request was placed where it was, if that is still kept.
     pub(crate) fn explain(&self, request_id: RequestId) -> Option<Explanation> {
         self.0.shared.decisions.explain(request_id)
@@ -136,8 +146,12 @@ impl Coordinator {
             .of_key(input.api_key.as_ref().map(|key| key.0.as_str()))?;
         let model = self.model(&input.model)?;
         let (tenant_entry, tenant_wait) = self.0.tenants.admit(&tenant)?;
+        let record = &self.0.shared.record;
+        let recording = record.arrived(arrived, &model.card.name, || about_tokens(&input.prompt));
         let cancel = self.0.cancel_all.child_token();
-        let entry = self.admit(input.request_id, cancel.clone())?;
+        let entry = self
+            .admit(input.request_id, cancel.clone())
+            .inspect_err(|_| recording.lost())?;
         // From here on the request counts as waiting, and leaving by any way gives its place back.
         let waiting = self.0.shared.placer.enter();
         let request_id = input.request_id;
@@ -146,6 +160,7 @@ impl Coordinator {
             prepared.cache_salt = format!("{}\0{}", tenant.name, prepared.cache_salt);
         }
         let prompt_tokens = u32::try_from(prepared.prompt.len()).unwrap_or(u32::MAX);
+        recording.prompt(prepared.prompt.len());
         let (events, receiver) = mpsc::channel(prepared.sampling.max_tokens as usize + EVENTS_BESIDE_TOKENS);
         let name = model.card.name.clone();
         let guard = cancel.clone().drop_guard();
@@ -157,6 +172,7 @@ impl Coordinator {
             events,
             cancel,
             entry,
+            recording,
             tenant,
             tenant_entry: Some(tenant_entry),
             waiting: Some((waiting, tenant_wait)),
@@ -238,6 +254,20 @@ impl Coordinator {
         wait.await
             .unwrap_or_else(|_| Err(ApiError::new(ApiCode::Internal, "the tokenizer failed")))
     }
+}
+
+/// Tokens of a prompt that nobody has tokenized, for a request that is refused before that.
+fn about_tokens(prompt: &PromptInput) -> u32 {
+    const BYTES_PER_TOKEN: usize = 4;
+    let tokens = match prompt {
+        PromptInput::Tokens(tokens) => tokens.len(),
+        PromptInput::Text(text) => text.len() / BYTES_PER_TOKEN + 1,
+        PromptInput::Chat(messages) => {
+            let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+            bytes / BYTES_PER_TOKEN + 1
+        }
+    };
+    u32::try_from(tokens).unwrap_or(u32::MAX)
 }
 
 impl Frontend for Coordinator {

@@ -9,6 +9,7 @@ use super::placement::{PlaceRequest, Placed, Placer, Waiting};
 use super::prepare::Prepared;
 use super::registry::Entry;
 use super::text::TextStage;
+use crate::control::{Record, Recording};
 use crate::core::{DecodeEvent, Effect, Event, Leg, Outcome, Peer, PrefillEvent, Request, RequestSpec, TokenBatch};
 use crate::membership::{Candidate, Claim, Members, Model};
 use crate::tenants::{Tenant, TenantEntry, TenantWait};
@@ -34,6 +35,7 @@ pub(super) struct Shared {
     pub(super) members: Members,
     pub(super) placer: Placer,
     pub(super) decisions: Decisions,
+    pub(super) record: Record,
     pub(super) clock: Clock,
     /// This coordinator.
     pub(super) instance: Instance,
@@ -48,6 +50,7 @@ pub(super) struct Job {
     pub(super) events: mpsc::Sender<GenerationEvent>,
     pub(super) cancel: CancellationToken,
     pub(super) entry: Entry,
+    pub(super) recording: Recording,
     /// Given up once the request has its first place.
     pub(super) waiting: Option<(Waiting, TenantWait)>,
     pub(super) tenant: Arc<Tenant>,
@@ -447,6 +450,7 @@ impl Task {
 
     fn work(&mut self, ticket: Ticket, attempt: Attempt, base: usize, numerics: &NumericsId) -> v1::Work {
         let block_hashes = self.hashes(base, numerics);
+        self.job.recording.blocks(&block_hashes);
         let generated = self.request.generated()[..base].to_vec();
         let prompt = &self.job.prepared.prompt;
         let left = self.deadline.saturating_since(self.shared.clock.now());
@@ -472,6 +476,8 @@ impl Task {
             metrics::histogram!("baton_coordinator_ttft_seconds").record(ttft);
         }
         self.delivered = true;
+        let (now, record) = (self.shared.clock.now(), &self.shared.record);
+        self.job.recording.delivered(batch.tokens.len(), now, record);
         metrics::counter!("baton_coordinator_tokens_total").increment(batch.tokens.len() as u64);
         if let Some(chunk) = self.text.push(batch) {
             self.send(GenerationEvent::Chunk(chunk));
@@ -512,6 +518,7 @@ impl Task {
                     cached_tokens: cached_tokens.min(prompt_tokens),
                 };
                 tracing::debug!(%request_id, ?reason, completion_tokens, elapsed_us, ?timeline, "request finished");
+                self.job.recording.done();
                 self.shared
                     .decisions
                     .ended(request_id, reason_label(reason), Some(&timeline));
@@ -526,6 +533,9 @@ impl Task {
             }
             Outcome::Failed(error) => {
                 tracing::debug!(%request_id, elapsed_us, %error, "request failed");
+                if error.code != ApiCode::InvalidArgument {
+                    self.job.recording.lost();
+                }
                 self.shared.decisions.ended(request_id, code_label(error.code), None);
                 (code_label(error.code), GenerationEvent::Failed(error))
             }

@@ -64,6 +64,12 @@ impl Beat {
         let known = Load::new(reported, ours);
         Self { load, known }
     }
+
+    /// Requests that others placed there.
+    pub(super) fn foreign_requests(&self) -> u32 {
+        let foreign = self.known.now(Figures::default());
+        foreign.queued_requests + foreign.running_requests
+    }
 }
 
 #[cfg(test)]

@@ -4,15 +4,17 @@ use super::changes::Changes;
 use super::load::Beat;
 use super::roster::{Heart, Roster};
 use super::{Candidate, CardWanted, Connect, Listener, MemberStatus, Model, NewMember};
-use crate::ModelInfo;
 use crate::core::Node;
+use crate::{ApiCode, ApiError, ModelInfo};
 use baton_cluster_state::NodeRecord;
 use baton_node_runtime::{Clock, Moment};
+use baton_proto::v1::node_client::NodeClient;
 use baton_proto::{convert, v1};
 use baton_scheduling::{BlockIndex, HandoverTimes, Held, NodeView, Routed};
 use baton_types::{BlockHash, Instance, NodeId, NodeRole, NodeState, NumericsId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
+use tonic::transport::Channel;
 
 /// The members. Clones share them.
 #[derive(Clone)]
@@ -359,6 +361,27 @@ impl Members {
     pub(crate) fn status(&self) -> Vec<MemberStatus> {
         let now = self.clock.now();
         self.lock().members.values().map(|member| member.status(now)).collect()
+    }
+
+    /// Whom to ask to do something to a node: itself.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub(crate) fn client(&self, node_id: &str) -> Result<NodeClient<Channel>, ApiError> {
+        let state = self.lock();
+        let members = &state.members;
+        if let Some(member) = members
+            .values()
+            .find(|member| member.record.node_id.as_str() == node_id)
+        {
+            return Ok(NodeClient::new(member.channel.clone()));
+        }
+        let names: Vec<&str> = members.keys().map(NodeId::as_str).collect();
+        let message = format!("node_id: no node `{node_id}`; there are: {}", names.join(", "));
+        Err(ApiError {
+            field: Some("node_id".into()),
+            ..ApiError::new(ApiCode::NotFound, message)
+        })
     }
 
     /// The card that this node could give, where its model still wants one.

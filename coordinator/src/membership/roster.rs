@@ -122,10 +122,11 @@ pub(crate) struct MemberStatus {
     pub(crate) record: NodeRecord,
     pub(crate) state: &'static str,
     pub(crate) load: Option<v1::NodeLoad>,
+    /// Requests there that this coordinator did not place, as of its last heartbeat.
+    pub(crate) foreign_requests: u32,
     pub(crate) heartbeat_age: Option<Duration>,
     /// Newest first: age and text of what this coordinator saw.
     pub(crate) faults: Vec<(Duration, String)>,
-    pub(crate) channel: Channel,
 }
 
 /// A member whose heartbeat is to be listened to.
@@ -462,9 +463,9 @@ impl Member {
                 state
             },
             load: beat.map(|beat| beat.load.clone()),
+            foreign_requests: beat.map_or(0, |beat| beat.foreign_requests()),
             heartbeat_age: at.map(|at| now.saturating_since(at)),
             faults: refused.into_iter().chain(fault).collect(),
-            channel: self.channel.clone(),
         }
     }
 }

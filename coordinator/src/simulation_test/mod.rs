@@ -14,6 +14,7 @@ mod network;
 mod node;
 mod store;
 
+use crate::control::Record;
 use crate::driver::{Coordinator, CoordinatorOptions, RoutingOptions};
 use crate::membership::{Members, Model, WatchOptions, endpoint, watch, watch_locations};
 use crate::tenants::Tenants;
@@ -192,6 +193,7 @@ fn coordinator(sim: &Arc<Sim>, clock: Clock, supervisor: &Supervisor) -> (Coordi
             slo: Slo::default(),
         },
         decisions_max: 16,
+        record: Record::default(),
         timeout_default: Duration::from_secs(20),
         timeout_max: Duration::from_secs(60),
         clock,

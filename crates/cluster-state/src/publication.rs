@@ -4,9 +4,10 @@
 //! stale, by a txn that fails where somebody else wrote meanwhile; another instance's record is never overwritten.
 
 use crate::keys::nodes;
+use crate::lease::Lease;
 use crate::{NodeRecord, RegisterError, Store, StoreError};
 use baton_node_runtime::Moment;
-use etcd_client::{Compare, CompareOp, Error, PutOptions, Txn, TxnOp};
+use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 use std::time::Duration;
 
 /// How often a pass reads again because somebody wrote between its read and its write.
@@ -17,7 +18,7 @@ const VIGIL_GRACE: Duration = Duration::from_secs(2);
 /// A node's lease, and how to bring its record to stand under it.
 pub(crate) struct Publication {
     store: Store,
-    lease: Option<i64>,
+    lease: Lease,
 }
 
 /// The record of another process stands under the name.
@@ -38,12 +39,15 @@ pub(crate) enum Outcome {
 
 impl Publication {
     pub(crate) fn new(store: Store) -> Self {
-        Self { store, lease: None }
+        Self {
+            lease: Lease::new(store.clone()),
+            store,
+        }
     }
 
     /// Renews the lease and writes the record where it does not stand as it should.
     pub(crate) async fn pass(&mut self, record: &NodeRecord) -> Result<Outcome, StoreError> {
-        let lease = self.live_lease().await?;
+        let lease = self.lease.live().await?;
         for _ in 0..CONFLICTS_MAX {
             if let Some(outcome) = self.write(record, lease).await? {
                 return Ok(outcome);
@@ -56,19 +60,12 @@ impl Publication {
 
     /// The lease that the record stands under.
     pub(crate) fn lease(&self) -> Option<i64> {
-        self.lease
+        self.lease.id()
     }
 
     /// Ends the lease, and with it the record. Where the store does not answer, the lease runs out by itself.
     pub(crate) async fn revoke(&mut self) {
-        let Some(lease) = self.lease.take() else { return };
-        let revoked = self
-            .store
-            .call(|client| async move { client.lease_client().revoke(lease).await })
-            .await;
-        if let Err(error) = revoked {
-            tracing::debug!(%error, "lease is left to run out");
-        }
+        self.lease.revoke().await;
     }
 
     /// What is left of another process's lease; `None` where it has ended.
@@ -80,41 +77,6 @@ impl Publication {
             left_seconds: answer.ttl(),
             granted,
         }))
-    }
-
-    async fn live_lease(&mut self) -> Result<i64, StoreError> {
-        if let Some(lease) = self.lease {
-            if self.keep_alive(lease).await? {
-                return Ok(lease);
-            }
-            tracing::warn!("lease was lost");
-            metrics::counter!("baton_store_leases_lost_total").increment(1);
-            self.lease = None;
-            // Gives wiped data its name, so that watches see that they must begin afresh.
-            self.store.data_state().await?;
-        }
-        let seconds = i64::try_from(self.store.options().lease_ttl.as_secs())
-            .unwrap_or(i64::MAX)
-            .max(1);
-        let granted = self
-            .store
-            .call(|client| async move { client.lease_client().grant(seconds, None).await })
-            .await?;
-        self.lease = Some(granted.id());
-        Ok(granted.id())
-    }
-
-    /// Whether the store still knows the lease.
-    async fn keep_alive(&self, lease: i64) -> Result<bool, StoreError> {
-        let alive = |client: etcd_client::Client| async move {
-            match client.lease_client().keep_alive(lease).await {
-                Ok(_) => Ok(true),
-                // The store answered with TTL 0.
-                Err(Error::LeaseKeepAliveError(_)) => Ok(false),
-                Err(error) => Err(error),
-            }
-        };
-        self.store.call(alive).await
     }
 
     /// One read, and one write where one is needed. `None` where somebody else wrote in between.

@@ -134,6 +134,16 @@ pub enum LoadError {
         /// Which.
         isa: &'static str,
     },
+    /// The system has no memory for a weight.
+    #[error("{path}: no memory for tensor {tensor}: {source}; end other programs or take a smaller model", path = path.display())]
+    Memory {
+        /// The model.
+        path: PathBuf,
+        /// Which weight.
+        tensor: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// Worker threads could not be started.
     #[error("cannot start {threads} compute threads: {source}")]
     Threads {
@@ -148,7 +158,7 @@ impl LoadError {
     /// Whether the same call may succeed later without anybody changing the model.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Io { source, .. } | Self::Threads { source, .. } => {
+            Self::Io { source, .. } | Self::Memory { source, .. } | Self::Threads { source, .. } => {
                 matches!(
                     source.kind(),
                     std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock

@@ -62,3 +62,14 @@ impl LoadError {
         }
     }
 }
+
+/// The innermost cause: transports say only that something went wrong.
+pub(crate) fn cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = inner.to_string();
+        cause = inner.source();
+    }
+    text
+}

@@ -3,38 +3,18 @@
 
 #![allow(clippy::unwrap_used)] // a test that panics fails, which is what is wanted
 
-use baton_text::{EngineFacts, GrammarError, Grammars, ModelCard, Tokenizer};
-use baton_types::{Grammar, KvDtype, ModelFingerprint, NumericsId, TokenSet};
+mod support;
+
+use baton_text::{GrammarError, Grammars, ModelCard, Tokenizer};
+use baton_types::{Grammar, TokenSet};
 use serde_json::{Value, json};
-use std::path::PathBuf;
 use std::sync::LazyLock;
-
-const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
-const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-
-fn model() -> PathBuf {
-    let places = [
-        std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from),
-        Some(PathBuf::from(WORKSPACE).join("../shared/models").join(FILE)),
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/baton/models").join(FILE)),
-    ];
-    let found = places.into_iter().flatten().find(|path| path.is_file());
-    found.expect("the test model is missing: run `cargo run --release -- model get smollm2`")
-}
+use support::{facts, model};
 
 struct Text {
     tokenizer: Tokenizer,
     grammars: Grammars,
     card: ModelCard,
-}
-
-fn facts() -> EngineFacts {
-    EngineFacts {
-        fingerprint: ModelFingerprint([7; 32]),
-        numerics: NumericsId("test".into()),
-        block_tokens: 16,
-        kv_dtype: KvDtype::F16,
-    }
 }
 
 fn text_of(card: ModelCard) -> Text {

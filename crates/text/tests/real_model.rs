@@ -1,36 +1,16 @@
 //! The real model's tokenizer against llama.cpp's token ids for the same file (made by
 //! tests/golden/tokenizer_llama_cpp.py), its template, and what becomes of broken copies of the file.
 
-use baton_text::{CardError, ChatTemplate, EngineFacts, Message, ModelCard, TextCard, Tokenizer};
-use baton_types::{KvDtype, ModelFingerprint, NumericsId};
+mod support;
+
+use baton_text::{CardError, ChatTemplate, Message, ModelCard, TextCard, Tokenizer};
 use serde::Deserialize;
 use std::path::PathBuf;
 use std::sync::LazyLock;
-
-const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
-const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-
-fn model() -> PathBuf {
-    let places = [
-        std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from),
-        Some(PathBuf::from(WORKSPACE).join("../shared/models").join(FILE)),
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/baton/models").join(FILE)),
-    ];
-    let found = places.into_iter().flatten().find(|path| path.is_file());
-    found.expect("the test model is missing: run `cargo run --release -- model get smollm2`")
-}
-
-fn engine() -> EngineFacts {
-    EngineFacts {
-        fingerprint: ModelFingerprint([7; 32]),
-        numerics: NumericsId("test".into()),
-        block_tokens: 16,
-        kv_dtype: KvDtype::F16,
-    }
-}
+use support::{WORKSPACE, facts, model};
 
 static TEXT: LazyLock<TextCard> = LazyLock::new(|| ModelCard::text_of(&model()).expect("the model has a text part"));
-static CARD: LazyLock<ModelCard> = LazyLock::new(|| ModelCard::new(TEXT.clone(), engine()));
+static CARD: LazyLock<ModelCard> = LazyLock::new(|| ModelCard::new(TEXT.clone(), facts()));
 static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::new(&CARD).expect("its tokenizer is supported"));
 
 #[derive(Deserialize)]

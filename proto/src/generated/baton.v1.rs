@@ -859,6 +859,116 @@ pub mod inference_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AdviseRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AdviseResponse {
+    /// What this coordinator's controller may do: off, advise, apply.
+    #[prost(string, tag = "1")]
+    pub mode: ::prost::alloc::string::String,
+    /// leads, follows, or unknown (the store does not say); empty where it is off.
+    #[prost(string, tag = "2")]
+    pub standing: ::prost::alloc::string::String,
+    /// The coordinator whose controller leads, where that is known.
+    #[prost(string, tag = "3")]
+    pub leader_instance: ::prost::alloc::string::String,
+    /// What the leader came to last; absent where nobody has looked yet.
+    #[prost(message, optional, tag = "4")]
+    pub advice: ::core::option::Option<ControlAdvice>,
+}
+/// One look of a controller at the cluster.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ControlAdvice {
+    /// How long ago it looked, seconds.
+    #[prost(uint64, tag = "1")]
+    pub age_s: u64,
+    /// The coordinator that looked.
+    #[prost(string, tag = "2")]
+    pub leader_instance: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub mode: ::prost::alloc::string::String,
+    /// The model whose nodes it looked at; empty where there is none, or no one of several was named.
+    #[prost(string, tag = "4")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub slo: ::prost::alloc::string::String,
+    /// Nodes that take work.
+    #[prost(message, optional, tag = "6")]
+    pub ready: ::core::option::Option<NodeCounts>,
+    /// Nodes that there should be.
+    #[prost(message, optional, tag = "7")]
+    pub target: ::core::option::Option<NodeCounts>,
+    /// Requests that came in the window.
+    #[prost(uint32, tag = "8")]
+    pub requests: u32,
+    /// Of these, those that could be judged.
+    #[prost(uint32, tag = "9")]
+    pub judged: u32,
+    /// Share of those that were within the SLO.
+    #[prost(double, optional, tag = "10")]
+    pub attainment: ::core::option::Option<f64>,
+    /// What is wrong, in words.
+    #[prost(string, repeated, tag = "11")]
+    pub reasons: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What should be changed.
+    #[prost(message, optional, tag = "12")]
+    pub change: ::core::option::Option<ControlChange>,
+    /// Why nothing is done now.
+    #[prost(string, tag = "13")]
+    pub hold: ::prost::alloc::string::String,
+    /// What was tried in the simulator.
+    #[prost(message, repeated, tag = "14")]
+    pub rehearsed: ::prost::alloc::vec::Vec<ControlRehearsal>,
+    /// The last change that was decided.
+    #[prost(message, optional, tag = "15")]
+    pub last: ::core::option::Option<ControlDecision>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeCounts {
+    #[prost(uint32, tag = "1")]
+    pub prefill: u32,
+    #[prost(uint32, tag = "2")]
+    pub decode: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ControlChange {
+    /// to_prefill, to_decode, add_prefill, add_decode, remove_prefill, remove_decode
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    /// The nodes that it is best done to, by name.
+    #[prost(string, repeated, tag = "3")]
+    pub nodes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ControlRehearsal {
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    /// Share of the requests within the SLO without the change, and with it and its cost.
+    #[prost(double, tag = "3")]
+    pub without: f64,
+    #[prost(double, tag = "4")]
+    pub with: f64,
+    /// The difference is more than chance: yes, no, cannot tell.
+    #[prost(string, tag = "5")]
+    pub better: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ControlDecision {
+    #[prost(message, optional, tag = "1")]
+    pub change: ::core::option::Option<ControlChange>,
+    /// advised, applied, or why it failed.
+    #[prost(string, tag = "2")]
+    pub outcome: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub age_s: u64,
+    /// What the rehearsal had promised.
+    #[prost(message, optional, tag = "4")]
+    pub rehearsed: ::core::option::Option<ControlRehearsal>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExplainRequest {
     #[prost(string, tag = "1")]
@@ -1266,6 +1376,25 @@ pub mod admin_client {
             req.extensions_mut().insert(GrpcMethod::new("baton.v1.Admin", "SetRole"));
             self.inner.unary(req, path, codec).await
         }
+        /// What the controller sees, and what it would change.
+        pub async fn advise(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AdviseRequest>,
+        ) -> std::result::Result<tonic::Response<super::AdviseResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/baton.v1.Admin/Advise");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("baton.v1.Admin", "Advise"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Why a request was placed where it was, and what came of it. The last few thousand requests are kept; NOT_FOUND beyond.
         pub async fn explain(
             &mut self,
@@ -1320,6 +1449,11 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::SetRoleRequest>,
         ) -> std::result::Result<tonic::Response<super::SetRoleResponse>, tonic::Status>;
+        /// What the controller sees, and what it would change.
+        async fn advise(
+            &self,
+            request: tonic::Request<super::AdviseRequest>,
+        ) -> std::result::Result<tonic::Response<super::AdviseResponse>, tonic::Status>;
         /// Why a request was placed where it was, and what came of it. The last few thousand requests are kept; NOT_FOUND beyond.
         async fn explain(
             &self,
@@ -1518,6 +1652,49 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetRoleSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/baton.v1.Admin/Advise" => {
+                    #[allow(non_camel_case_types)]
+                    struct AdviseSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::AdviseRequest>
+                    for AdviseSvc<T> {
+                        type Response = super::AdviseResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AdviseRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::advise(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AdviseSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -1,8 +1,9 @@
 //! How many streams a second a coordinator carries, and what it adds at half of that. The nodes' engine costs nothing, so
 //! that all of the time is the coordinator's, the nodes' doors' and this program's, on the same cores.
 
-use crate::client::{Done, at, cpu, mix, ms, resident, send};
+use crate::client::{Done, at, cpu, ms, resident, send};
 use anyhow::{Result, ensure};
+use baton_load::mix;
 use baton_proto::v1::inference_client::InferenceClient;
 use baton_tests::{Ask, Cluster, ClusterOptions};
 use std::sync::Arc;

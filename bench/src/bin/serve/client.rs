@@ -9,14 +9,6 @@ use tokio_stream::StreamExt;
 use tonic::Status;
 use tonic::transport::Channel;
 
-/// Numbers without pattern. Source: SplitMix64, Steele, Lea and Flood 2014.
-pub fn mix(number: u64) -> u64 {
-    let mut z = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// What became of one request.
 #[derive(Debug)]
 pub struct Done {

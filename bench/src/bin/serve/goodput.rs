@@ -1,8 +1,7 @@
 //! The highest rate at which a server keeps its promises: an open loop at rates that are doubled, halved and then bisected.
 
-use crate::client::mix;
 use anyhow::{Context, Result, bail, ensure};
-use baton_load::{Observed, Percentiles, Prompts, Run, Target, offer};
+use baton_load::{Observed, Percentiles, Prompts, Run, Target, mix, offer};
 use baton_planner::slo::{Metric, Slo};
 use baton_planner::workload::{Arrivals, Generator, Lengths, Workload, read};
 use serde::Serialize;

@@ -1,8 +1,9 @@
 //! What the hand-over costs a request: the same prompt on a prefill and a decode node, and on one node that does both,
 //! each phase with the same cores, by turns.
 
-use crate::client::{Done, at, mix, ms, send};
+use crate::client::{Done, at, ms, send};
 use anyhow::{Context, Result, ensure};
+use baton_load::mix;
 use baton_proto::v1::inference_client::InferenceClient;
 use baton_tests::{Ask, Cluster, ClusterOptions, model_path};
 use serde::Serialize;

@@ -1,8 +1,7 @@
 //! What prompts that arrive do to streams that run: the gaps of steady streams, without and with long prompts beside them.
 
-use crate::client::mix;
 use anyhow::{Context, Result, ensure};
-use baton_load::{Observed, Percentiles, Planned, Prompt, Prompts, Target, offer};
+use baton_load::{Observed, Percentiles, Planned, Prompt, Prompts, Target, mix, offer};
 use serde::Serialize;
 use std::future::pending;
 use std::time::Duration;

@@ -1,8 +1,9 @@
 //! What a cluster does when three times as much comes as it can serve: the capacity is measured first, then goodput (requests
 //! that were answered within the bounds, per second) at one and at three times that rate.
 
-use crate::client::{Done, at, mix, ms, send};
+use crate::client::{Done, at, ms, send};
 use anyhow::Result;
+use baton_load::mix;
 use baton_proto::v1::inference_client::InferenceClient;
 use baton_tests::{Ask, Cluster, ClusterOptions};
 use std::sync::Arc;

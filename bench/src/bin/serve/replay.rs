@@ -2,8 +2,9 @@
 //! lengths are 1/32 and the structure of shared prefixes is what it was. Arrivals that the trace puts on one moment of its
 //! 3 s clock are spread evenly over these 3 s. Answers have the trace's length / 32, whatever their tokens.
 
-use crate::client::{Done, at, mix, ms, send};
+use crate::client::{Done, at, ms, send};
 use anyhow::{Context, Result, ensure};
+use baton_load::mix;
 use baton_tests::{Ask, Cluster, ClusterOptions};
 use serde::Deserialize;
 use std::collections::{HashMap, HashSet};

@@ -1,7 +1,10 @@
-//! `baton.v1.Admin`: what the cluster looks like from here, draining of a node and changing its role.
+//! `baton.v1.Admin`: what the cluster looks like from here, what its controller advises, draining of a node and changing its
+//! role.
 
+use super::advise::advise;
 use super::convert::status;
 use super::explain::explanation;
+use crate::control::Control;
 use crate::driver::Coordinator;
 use crate::membership::MemberStatus;
 use crate::{ApiCode, ApiError};
@@ -21,6 +24,7 @@ const ERRORS_MAX: usize = 8;
 /// The service.
 pub(super) struct AdminService {
     pub(super) coordinator: Coordinator,
+    pub(super) control: Control,
     pub(super) store: Store,
     /// As operators know it.
     pub(super) store_name: String,
@@ -30,16 +34,7 @@ pub(super) struct AdminService {
 impl AdminService {
     /// Whom to ask to do something to a node: itself.
     fn node(&self, node_id: &str) -> Result<NodeClient<Channel>, Status> {
-        let nodes = self.coordinator.members().status();
-        if let Some(node) = nodes.iter().find(|node| node.record.node_id.as_str() == node_id) {
-            return Ok(NodeClient::new(node.channel.clone()));
-        }
-        let names: Vec<&str> = nodes.iter().map(|node| node.record.node_id.as_str()).collect();
-        let message = format!("node_id: no node `{node_id}`; there are: {}", names.join(", "));
-        Err(status(ApiError {
-            field: Some("node_id".into()),
-            ..ApiError::new(ApiCode::NotFound, message)
-        }))
+        self.coordinator.members().client(node_id).map_err(status)
     }
 }
 
@@ -81,6 +76,14 @@ impl Admin for AdminService {
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Result<Response<v1::SetRoleResponse>, Status> {
         let request = request.into_inner();
         self.node(&request.node_id)?.set_role(request).await
+    }
+
+    async fn advise(&self, _: Request<v1::AdviseRequest>) -> Result<Response<v1::AdviseResponse>, Status> {
+        let known = self.control.status().await.map_err(|error| {
+            let message = format!("the leader's advice cannot be read: {error}");
+            status(ApiError::new(ApiCode::Unavailable, message))
+        })?;
+        Ok(Response::new(advise(known, self.coordinator.instance())))
     }
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {

@@ -2,6 +2,7 @@
 //! services. Every response carries `x-request-id`.
 
 mod admin;
+mod advise;
 mod convert;
 mod explain;
 mod health;

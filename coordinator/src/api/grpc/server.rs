@@ -4,6 +4,7 @@ use super::admin::AdminService;
 use super::health;
 use super::inference::InferenceService;
 use crate::StartError;
+use crate::control::Control;
 use crate::driver::Coordinator;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
@@ -30,6 +31,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// What the door needs.
 pub(crate) struct DoorOptions {
     pub(crate) coordinator: Coordinator,
+    pub(crate) control: Control,
     pub(crate) store: Store,
     pub(crate) store_name: String,
     pub(crate) body_bytes_max: usize,
@@ -47,6 +49,7 @@ pub(crate) fn serve(
 ) -> Result<(), StartError> {
     let DoorOptions {
         coordinator,
+        control,
         store,
         store_name,
         body_bytes_max,
@@ -63,6 +66,7 @@ pub(crate) fn serve(
         })?;
     let admin = AdminService {
         coordinator: coordinator.clone(),
+        control,
         store,
         store_name,
         supervisor: supervisor.clone(),

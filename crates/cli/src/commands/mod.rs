@@ -1,5 +1,6 @@
 //! The subcommands, a file each.
 
+mod advice;
 mod chat;
 mod command_line;
 mod coordinator;

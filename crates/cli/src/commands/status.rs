@@ -1,12 +1,14 @@
-//! `baton status`: the nodes of a running cluster, as a table or as JSON.
+//! `baton status`: the nodes of a running cluster, and what its controller advises, as text or as JSON.
 
+use super::advice;
 use crate::endpoint::{EndpointOptions, explain};
 use crate::timeline::format_rate;
 use anyhow::{Context, Result, anyhow};
 use baton_node_runtime::format_bytes;
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::{
-    BlockCounts, ClusterStatusRequest, ClusterStatusResponse, NodeRole, NodeStatus, PathLoad, ProcessStatus,
+    AdviseRequest, BlockCounts, ClusterStatusRequest, ClusterStatusResponse, NodeRole, NodeStatus, PathLoad,
+    ProcessStatus,
 };
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -21,20 +23,33 @@ pub struct Status {
     /// Prints one line of JSON
     #[arg(long)]
     json: bool,
+    /// Also what the controller sees, what it would change, and why or why not
+    #[arg(long)]
+    advise: bool,
 }
 
 impl Status {
     /// Asks and prints.
     pub async fn run(self) -> Result<ExitCode> {
         let (channel, address) = self.endpoint.connect().await?;
-        let answer = AdminClient::new(channel).cluster_status(ClusterStatusRequest {}).await;
-        let status = answer
-            .map_err(|status| anyhow!("{address}: {}", explain(&status)))?
-            .into_inner();
-        let text = if self.json {
-            json(&status).to_string()
+        let failed = |status: tonic::Status| anyhow!("{address}: {}", explain(&status));
+        let mut admin = AdminClient::new(channel);
+        let answer = admin.cluster_status(ClusterStatusRequest {}).await;
+        let status = answer.map_err(failed)?.into_inner();
+        let advice = if self.advise {
+            Some(admin.advise(AdviseRequest {}).await.map_err(failed)?.into_inner())
         } else {
-            table(&status, &address)
+            None
+        };
+        let text = if self.json {
+            let mut value = json(&status);
+            if let Some(advice) = &advice {
+                value["advice"] = advice::json(advice);
+            }
+            value.to_string()
+        } else {
+            let advice = advice.map(|advice| format!("\n{}", advice::text(&advice)));
+            table(&status, &address) + &advice.unwrap_or_default()
         };
         writeln!(std::io::stdout(), "{}", text.trim_end()).context("write the status")?;
         Ok(ExitCode::SUCCESS)

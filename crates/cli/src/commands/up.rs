@@ -4,10 +4,13 @@ use super::signals::{INTERRUPTED, Signals, unless_interrupted};
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::Note;
 use anyhow::Result;
+use baton_coordinator::ControlMode;
 use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent, parse_bytes};
+use baton_planner::slo::Slo;
 use serde_json::json;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Runs a cluster on this machine until Ctrl-C.
@@ -34,6 +37,15 @@ pub struct Up {
     /// gRPC; port 0 takes any free one
     #[arg(long, value_name = "HOST:PORT", default_value = crate::endpoint::DEFAULT_GRPC)]
     grpc_listen: SocketAddr,
+    /// The coordinator's controller: off, advise or apply (see `baton coordinator --help` and `baton status --advise`)
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = ControlMode::Off, help_heading = "Controller")]
+    control: ControlMode,
+    /// What clients were promised, such as ttft_p90=2s,itl_p99=50ms; needed unless it is off
+    #[arg(long, value_name = "SLO", help_heading = "Controller")]
+    control_slo: Option<Slo>,
+    /// The nodes' profile (JSON, from `baton profile`), with which changes are rehearsed; needed by apply
+    #[arg(long, value_name = "FILE", help_heading = "Controller")]
+    control_profile: Option<PathBuf>,
     /// Prints one line of JSON when the cluster serves, instead of the text for people
     #[arg(long)]
     json: bool,
@@ -101,12 +113,23 @@ impl Up {
             name: self.cluster.clone(),
             http_listen: self.http_listen,
             grpc_listen: self.grpc_listen,
-            coordinator_flags: Vec::new(),
+            coordinator_flags: self.control_flags(),
             node_flags: Vec::new(),
             log_filter: self.log_filter.clone(),
             show_logs: true,
         };
         Cluster::start(&options, supervisor).await
+    }
+
+    fn control_flags(&self) -> Vec<String> {
+        let mut flags = vec!["--control".to_owned(), self.control.to_string()];
+        if let Some(slo) = &self.control_slo {
+            flags.extend(["--control-slo".to_owned(), slo.to_string()]);
+        }
+        if let Some(path) = &self.control_profile {
+            flags.extend(["--control-profile".to_owned(), path.display().to_string()]);
+        }
+        flags
     }
 
     fn tell(&self, cluster: &Cluster) {

@@ -6,6 +6,7 @@ pub mod blocks;
 mod common;
 pub mod embedded_owner;
 pub mod nodes;
+pub mod plan;
 pub mod store_id;
 
 pub use common::{UnreadableValue, cluster_prefix};

@@ -75,6 +75,22 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
+    /// A weight that was read for the last time: its file's pages need not stay resident.
+    pub(crate) fn release(&self, name: TensorName) {
+        if let Some(entry) = self.entries.get(&name.in_file(self.naming)) {
+            self.files[entry.file].release(entry.bytes.clone());
+        }
+    }
+
+    /// The error for a weight that there is no memory for.
+    pub(crate) fn no_memory(&self, name: TensorName, source: std::io::Error) -> LoadError {
+        LoadError::Memory {
+            path: self.path.clone(),
+            tensor: name.in_file(self.naming),
+            source,
+        }
+    }
+
     /// The error for a vector (norm or bias) in a type that only matrices have.
     pub(crate) fn unsupported_vector(&self, name: TensorName, found: ElementType) -> LoadError {
         LoadError::UnsupportedTensorType {

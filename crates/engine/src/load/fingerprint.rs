@@ -47,8 +47,10 @@ impl Checkpoint {
                     loop {
                         let mine = next.fetch_add(1, Ordering::Relaxed);
                         let Some((_, entry)) = entries.get(mine) else { return };
-                        let bytes = &self.files[entry.file].bytes()[entry.bytes.clone()];
+                        let file = &self.files[entry.file];
+                        let bytes = &file.bytes()[entry.bytes.clone()];
                         let digest = *blake3::hash(bytes).as_bytes();
+                        file.release(entry.bytes.clone());
                         digests.lock().unwrap_or_else(PoisonError::into_inner)[mine] = digest;
                         // The receiver outlives the threads; a failed send could only mean that nobody counts any more.
                         let _ = done_tx.send(bytes.len() as u64);

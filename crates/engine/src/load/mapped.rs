@@ -3,8 +3,9 @@
 #![allow(unsafe_code)]
 
 use crate::error::LoadError;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// One mapped file.
@@ -33,6 +34,18 @@ impl Mapped {
             path: path.to_owned(),
             map,
         })
+    }
+
+    /// These bytes are not needed for a while: they need not stay resident. Who reads them again gets them from the file.
+    pub(super) fn release(&self, bytes: Range<usize>) {
+        // SAFETY: the map is of a file and never written to, so what is dropped comes back as it was.
+        let done = unsafe {
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+        };
+        if let Err(error) = done {
+            tracing::debug!(path = %self.path.display(), %error, "pages of the model file stay resident");
+        }
     }
 
     /// All of it.

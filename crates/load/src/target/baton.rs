@@ -2,6 +2,7 @@
 
 use super::ServedModel;
 use super::pick::pick;
+use crate::error::cause;
 use crate::{Failure, Frame, LoadError, Observed, Planned, Prompt};
 use baton_proto::v1;
 use baton_proto::v1::generate_request::Input;
@@ -32,7 +33,7 @@ impl BatonTarget {
             given: address.to_owned(),
         })?;
         let endpoint = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true);
-        let channel = endpoint.connect().await.map_err(|error| wrong(reason(&error)))?;
+        let channel = endpoint.connect().await.map_err(|error| wrong(cause(&error)))?;
         Self::over(channel, address, model).await
     }
 
@@ -117,15 +118,4 @@ fn failure(status: &Status) -> Failure {
     } else {
         Failure::Error(reason)
     }
-}
-
-/// An error with what caused it: transports say only that something went wrong.
-fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = inner.to_string();
-        cause = inner.source();
-    }
-    text
 }

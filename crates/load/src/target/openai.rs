@@ -4,6 +4,7 @@
 use super::ServedModel;
 use super::events::Events;
 use super::pick::pick;
+use crate::error::cause;
 use crate::{Failure, Frame, LoadError, Observed, Planned, Prompt};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
@@ -284,15 +285,4 @@ async fn refusal<B: BodyExt>(answer: Response<B>) -> Failure {
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Failure::Refused { reason, retry_after },
         _ => Failure::Error(reason),
     }
-}
-
-/// The innermost cause: the outer ones say only that something went wrong.
-fn cause(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = inner.to_string();
-        cause = inner.source();
-    }
-    text
 }

@@ -8,13 +8,12 @@ use crate::sim::State;
 use crate::stats::Verdict;
 use baton_scheduling::Side;
 
-/// To undo the last change, its margin is so many times the usual one, for [`UNDO_COOLDOWNS`].
-const UNDO: f64 = 2.0;
+/// A node that was added is not taken away again for so many cooldowns.
 const UNDO_COOLDOWNS: u64 = 5;
 /// A node is not needed where so many of the requests that are within the SLO would not be without it.
 const SPARE: f64 = 0.002;
-/// So many nodes are tried at once.
-const AT_ONCE: [usize; 2] = [1, 2];
+/// So many nodes are tried at once: a change goes to where it is best, not there step by step.
+const AT_ONCE: [usize; 6] = [1, 2, 3, 4, 8, 16];
 
 /// What may be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +168,8 @@ impl Controller {
             Rehearsal::Tried(all) => all,
             Rehearsal::NoProfile => {
                 advice.hold = Some(Hold::NoProfile);
-                advice.change = by_figures(&advice.signals).map(|change| (change, nodes_for(seen, change)));
+                let change = by_figures(&advice.signals).filter(|change| self.possible(seen, ready).contains(change));
+                advice.change = change.map(|change| (change, nodes_for(seen, change)));
                 return advice;
             }
             Rehearsal::NotCovered(error) => {
@@ -186,7 +186,7 @@ impl Controller {
             return advice;
         };
         let times = match self.best {
-            Some((change, times)) if change == best => times + 1,
+            Some((change, times)) if goes_with(change, best) => times + 1,
             Some(_) | None => 1,
         };
         self.best = Some((best, times));
@@ -248,7 +248,7 @@ impl Controller {
     /// The one that brings most. A node more is for where no other division is enough, a node less for where it is not missed.
     fn best_of(&self, all: &[Rehearsed], now: Nanos) -> Option<Change> {
         let most = |kind: fn(&Change) -> bool| {
-            let gains = all.iter().filter(|tried| kind(&tried.change) && self.gains(tried, now));
+            let gains = all.iter().filter(|tried| kind(&tried.change) && self.gains(tried));
             gains
                 .max_by(|a, b| a.gain().total_cmp(&b.gain()))
                 .map(|tried| tried.change)
@@ -276,21 +276,27 @@ impl Controller {
         role.or_else(add).or_else(remove)
     }
 
-    fn gains(&self, tried: &Rehearsed, now: Nanos) -> bool {
-        let times = if self.undoes(tried.change, now) { UNDO } else { 1.0 };
-        tried.better == Verdict::Yes && tried.gain() >= self.options.margin * times
+    /// Beyond the margin and chance, and for the worse in neither half of the time.
+    fn gains(&self, tried: &Rehearsed) -> bool {
+        tried.better == Verdict::Yes && tried.gain() >= self.options.margin && tried.lasts()
     }
 
     fn undoes(&self, change: Change, now: Nanos) -> bool {
         let Some((last, at)) = self.last else { return false };
         let soon = now < at + Nanos(self.options.cooldown.0.saturating_mul(UNDO_COOLDOWNS));
         let opposite = match (last, change) {
-            (Change::Role { to: a, .. }, Change::Role { to: b, .. }) => a != b,
-            (Change::Add { side: a }, Change::Remove { side: b })
-            | (Change::Remove { side: a }, Change::Add { side: b }) => a == b,
+            (Change::Add { side: a }, Change::Remove { side: b }) => a == b,
             (Change::Role { .. } | Change::Add { .. } | Change::Remove { .. }, _) => false,
         };
         soon && opposite
+    }
+}
+
+/// They turn to the same side, however many nodes.
+fn goes_with(a: Change, b: Change) -> bool {
+    match (a, b) {
+        (Change::Role { to: a, .. }, Change::Role { to: b, .. }) => a == b,
+        (a, b) => a == b,
     }
 }
 

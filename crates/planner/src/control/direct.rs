@@ -13,6 +13,8 @@ pub struct Directed {
     pub changes: Vec<(Nanos, Change)>,
     /// Looks that came to a rehearsal.
     pub rehearsals: usize,
+    /// What the last look came to.
+    pub last: Option<Advice>,
     /// All before this one are over.
     first_open: usize,
 }
@@ -24,6 +26,7 @@ impl Directed {
             controller,
             changes: Vec::new(),
             rehearsals: 0,
+            last: None,
             first_open: 0,
         }
     }
@@ -31,23 +34,20 @@ impl Directed {
     /// What it orders now.
     pub fn look(&mut self, looked: &Looked<'_>) -> Vec<Order> {
         let seen = observation(looked, self.controller.options().window, &mut self.first_open);
-        let Advice {
-            change,
-            hold,
-            rehearsed,
-            ..
-        } = self.controller.look(&seen);
-        self.rehearsals += usize::from(!rehearsed.is_empty());
-        let (Some((change, nodes)), None) = (change, hold) else {
+        let advice = self.controller.look(&seen);
+        self.rehearsals += usize::from(!advice.rehearsed.is_empty());
+        let advice = self.last.insert(advice);
+        let (Some((change, nodes)), None) = (&advice.change, &advice.hold) else {
             return Vec::new();
         };
+        let change = *change;
         self.changes.push((looked.now, change));
         let order = |node| match change {
             Change::Role { to, .. } => Order::Role { node, side: to },
             Change::Add { side } => Order::Start { node, side },
             Change::Remove { .. } => Order::Stop { node },
         };
-        nodes.into_iter().map(order).collect()
+        nodes.iter().map(|node| order(*node)).collect()
     }
 }
 

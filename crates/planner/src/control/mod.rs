@@ -1,8 +1,8 @@
 //! The controller: watches a cluster and proposes, or orders, a change of role or a scale target. Pure: state and observation in,
 //! decision out; whoever runs it (the coordinator, the simulator) observes and acts.
 //!
-//! It looks at shares and percentiles, never at means, acts only behind a rehearsal of the last requests with and without the
-//! change, and at most once per cooldown.
+//! It looks at shares and percentiles, never at means, acts only behind a rehearsal: the last requests again, with the change and
+//! without it, the better in the first half of the time and in the second; and at most once per cooldown.
 
 mod controller;
 mod direct;

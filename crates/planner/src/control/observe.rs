@@ -90,52 +90,26 @@ impl Observation {
         (output > 0).then(|| input as f64 / output as f64)
     }
 
-    /// Where those requests begin that the next ones will be like: the whole window, or its last fifth where that one's mix
-    /// is another.
-    pub(super) fn alike_from(&self, window: Nanos, requests_min: usize) -> usize {
-        let since = self.now.saturating_sub(Nanos(window.0 / FIFTH));
-        let first = self.past.partition_point(|past| past.at < since);
-        let (before, last) = self.past.split_at(first);
-        let enough = last.len() >= requests_min;
-        match (Self::mix(before), Self::mix(last)) {
-            (Some(before), Some(now)) if enough && differs(now, before) => first,
-            _ => 0,
-        }
-    }
-
-    /// What is expected: those that are there now come at once, then requests like those from `first` on, over and over, as
-    /// far as `window`. Gives how many are of the first kind. Where an answer's length is not known yet it is taken
-    /// for the median of those that are.
-    pub(super) fn forecast(&self, first: usize, window: Nanos, blocks: bool) -> (Workload, usize) {
-        let alike = &self.past[first..];
-        let finished = finished(alike);
-        let mut outputs: Vec<u32> = alike.iter().filter_map(|past| expected(past, &finished)).collect();
+    /// The requests of the window, as they came, behind those that came before and are not over: these are there at the start.
+    /// An answer whose length is not known is taken for one of those that are.
+    pub(super) fn again(&self, blocks: bool) -> Workload {
+        let finished = finished(&self.past);
+        let mut outputs: Vec<u32> = self.past.iter().filter_map(|past| expected(past, &finished)).collect();
         outputs.sort_unstable();
         let median = outputs.get(outputs.len() / 2).copied().unwrap_or(1);
         let output = |past: &Past| expected(past, &finished).unwrap_or(median).max(1);
         let mut workload = Workload::empty(self.chain_tokens.filter(|_| blocks));
-        for open in &self.open {
-            let left = output(open).saturating_sub(open.tokens).max(1);
-            workload.push(Nanos::ZERO, open.input.max(1) + open.tokens, left, &[]);
-        }
-        let Some(start) = alike.first().map(|past| past.at) else {
-            return (workload, self.open.len());
+        let Some(start) = self.past.first().map(|past| past.at) else {
+            return workload;
         };
-        let lasts = self.now.saturating_sub(start).0.max(1);
-        let times = (window.0 / lasts).max(1);
-        let fresh = self.chains.iter().flatten().max().map_or(0, |most| most + 1);
-        let mut chain: Vec<u32> = Vec::new();
-        for time in 0..times {
-            for (past, index) in alike.iter().zip(first..) {
-                chain.clear();
-                // Nobody says the same twice.
-                let known = self.chains.get(index).into_iter().flatten();
-                chain.extend(known.map(|id| id.wrapping_add(fresh.wrapping_mul(time as u32))));
-                let at = Nanos(time * lasts) + past.at.saturating_sub(start);
-                workload.push(at, past.input.max(1), output(past), &chain);
-            }
+        for open in self.open.iter().filter(|open| open.at < start) {
+            workload.push(Nanos::ZERO, open.input.max(1), output(open), &[]);
         }
-        (workload, self.open.len())
+        for (index, past) in self.past.iter().enumerate() {
+            let chain = self.chains.get(index).map_or(&[][..], Vec::as_slice);
+            workload.push(past.at.saturating_sub(start), past.input.max(1), output(past), chain);
+        }
+        workload
     }
 }
 
@@ -165,7 +139,6 @@ fn expected(past: &Past, finished: &[u32]) -> Option<u32> {
 
 /// A mix that is so many times another is not the same.
 const MIX: f64 = 1.6;
-const FIFTH: u64 = 5;
 
 pub(super) fn differs(now: f64, before: f64) -> bool {
     !(1.0 / MIX..=MIX).contains(&(now / before))

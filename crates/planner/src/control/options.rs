@@ -3,6 +3,7 @@
 use crate::Nanos;
 use crate::profile::NodeModel;
 use crate::slo::Slo;
+use baton_scheduling::{Policy, Slo as RouteSlo};
 use std::sync::Arc;
 
 /// The bounds of one controller.
@@ -23,15 +24,18 @@ pub struct ControlOptions {
     /// How long a node that changes waits for its requests, before they are done anew elsewhere. Prompts that wait for KV at
     /// an overloaded decode side would hold up the very change that helps them.
     pub drain: Nanos,
-    /// A change must be the best one so many looks in a row.
+    /// So many looks in a row must say that nodes turn to the same side.
     pub confirmations: u32,
-    /// Share of the requests that a change must bring within the SLO in the rehearsal, beyond chance. To undo the last change,
-    /// twice as much.
+    /// Share of the requests that a change must bring within the SLO in the rehearsal, beyond chance.
     pub margin: f64,
     /// It may also say how many nodes there should be.
     pub scale: bool,
     /// The budget: no more nodes than this, whatever is missed.
     pub nodes_max: usize,
+    /// How the coordinator chooses nodes.
+    pub policy: Policy,
+    /// Bounds that its routing keeps to.
+    pub route_slo: RouteSlo,
 }
 
 impl ControlOptions {
@@ -49,6 +53,8 @@ impl ControlOptions {
             margin: 0.02,
             scale: false,
             nodes_max: usize::MAX,
+            policy: Policy::default(),
+            route_slo: RouteSlo::default(),
         }
     }
 }

@@ -14,10 +14,12 @@ use std::sync::Arc;
 pub struct Rehearsed {
     /// What would be changed.
     pub change: Change,
-    /// Share of the requests within the SLO without it, and with it.
+    /// Share of the requests within the SLO without it.
     pub without: f64,
     /// With it, its cost included.
     pub with: f64,
+    /// What it brings in the first half of the time, and in the second.
+    pub halves: [f64; 2],
     /// Whether the difference is more than chance.
     pub better: Verdict,
 }
@@ -26,6 +28,11 @@ impl Rehearsed {
     /// What it brings, as a share of the requests.
     pub fn gain(&self) -> f64 {
         self.with - self.without
+    }
+
+    /// It is for the worse in neither half: a burst speaks for one half alone, and so does what is over.
+    pub fn lasts(&self) -> bool {
+        self.halves.iter().all(|gain| *gain >= 0.0)
     }
 }
 
@@ -40,7 +47,11 @@ pub enum Rehearsal {
     NotCovered(SimError),
 }
 
-/// Tries them on the requests of the window.
+/// The first of so many parts of the window warms the caches and fills the nodes; then the change is ordered.
+const WARMING: u64 = 3;
+
+/// Tries them on the window's requests, as they came: the nodes are as now until a third of the time is over; then the change
+/// is made, and judged are those that came since.
 pub(super) fn rehearse(seen: &Observation, options: &ControlOptions, changes: &[Change]) -> Rehearsal {
     let Some(node) = &options.node else {
         return Rehearsal::NoProfile;
@@ -49,14 +60,18 @@ pub(super) fn rehearse(seen: &Observation, options: &ControlOptions, changes: &[
     let blocks = seen
         .chain_tokens
         .is_some_and(|tokens| tokens.is_multiple_of(node.block_tokens));
-    let first = seen.alike_from(options.window, options.requests_min);
-    let (workload, open) = seen.forecast(first, options.window, blocks);
+    let workload = seen.again(blocks);
+    let at = Nanos(workload.duration().0 / WARMING);
+    let half = at + Nanos((workload.duration().0 - at.0) / 2);
+    let index = |at: Nanos| workload.requests().partition_point(|request| request.at < at);
+    let (judged, middle) = (index(at), index(half) - index(at));
     let run = |change: Option<Change>| -> Result<Vec<f64>, SimError> {
-        let options = cluster(seen, options, node, change);
-        let outcome = simulate(&workload, &options)?;
-        // Those that are there already are late or not whatever is done.
-        let new = &outcome.requests[open..];
-        Ok(new.iter().map(|r| f64::from(u8::from(r.good))).collect())
+        let outcome = simulate(
+            &workload,
+            &cluster(seen, options, node, change.map(|change| (change, at))),
+        )?;
+        let judged = &outcome.requests[judged..];
+        Ok(judged.iter().map(|r| f64::from(u8::from(r.good))).collect())
     };
     let share = |good: &[f64]| good.iter().sum::<f64>() / good.len().max(1) as f64;
     let tried = || -> Result<Vec<Rehearsed>, SimError> {
@@ -67,6 +82,10 @@ pub(super) fn rehearse(seen: &Observation, options: &ControlOptions, changes: &[
                 change: *change,
                 without: share(&without),
                 with: share(&with),
+                halves: [
+                    share(&with[..middle]) - share(&without[..middle]),
+                    share(&with[middle..]) - share(&without[middle..]),
+                ],
                 better: beats(&with, &without),
             })
         };
@@ -78,17 +97,24 @@ pub(super) fn rehearse(seen: &Observation, options: &ControlOptions, changes: &[
     }
 }
 
-/// As many nodes as are ready, and the change ordered as the first request comes.
-fn cluster(seen: &Observation, options: &ControlOptions, node: &Arc<NodeModel>, change: Option<Change>) -> SimOptions {
+/// As many nodes as are ready, and the change ordered when it is due.
+fn cluster(
+    seen: &Observation,
+    options: &ControlOptions,
+    node: &Arc<NodeModel>,
+    change: Option<(Change, Nanos)>,
+) -> SimOptions {
     let (prefill, decode) = (seen.ready(Side::Prefill), seen.ready(Side::Decode));
     let mut sim = SimOptions::new(node, prefill, decode, options.slo.clone());
     sim.drain = options.drain;
+    (sim.policy, sim.route_slo) = (options.policy, options.route_slo);
     let last = |side| match side {
         Side::Prefill => prefill - 1,
         Side::Decode => prefill + decode - 1,
     };
+    let Some((change, at)) = change else { return sim };
     let orders: Vec<Order> = match change {
-        Some(Change::Role { to, nodes }) => {
+        Change::Role { to, nodes } => {
             let last = last(other(to));
             let order = |nth| Order::Role {
                 node: last - nth,
@@ -96,15 +122,14 @@ fn cluster(seen: &Observation, options: &ControlOptions, node: &Arc<NodeModel>, 
             };
             (0..nodes).map(order).collect()
         }
-        Some(Change::Add { side }) => {
+        Change::Add { side } => {
             sim.spare.push(Arc::clone(node));
             let node = prefill + decode;
             vec![Order::Start { node, side }]
         }
-        Some(Change::Remove { side }) => vec![Order::Stop { node: last(side) }],
-        None => Vec::new(),
+        Change::Remove { side } => vec![Order::Stop { node: last(side) }],
     };
-    sim.orders = orders.into_iter().map(|order| (Nanos::ZERO, order)).collect();
+    sim.orders = orders.into_iter().map(|order| (at, order)).collect();
     sim
 }
 

@@ -91,8 +91,7 @@ impl Signals {
         }
         reasons.extend(backlog(seen, options));
         reasons.extend(kv(seen));
-        let alike = seen.alike_from(options.window, options.requests_min);
-        let mix = Observation::mix(&seen.past[alike..]);
+        let mix = Observation::mix(&seen.past);
         if let (Some(now), Some(before)) = (mix, mix_before)
             && differs(now, before)
         {

@@ -141,6 +141,12 @@ impl Workload {
     pub fn first(&mut self, requests: usize) {
         self.requests.truncate(requests);
     }
+
+    /// Without the first so many; the others come as much earlier.
+    pub fn skip(&mut self, requests: usize) {
+        self.requests.drain(..requests.min(self.requests.len()));
+        self.sort();
+    }
 }
 
 fn scaled(tokens: u32, factor: f64) -> u32 {
@@ -197,7 +203,10 @@ mod tests {
         assert_eq!(workload.block_tokens(), Some(16));
         assert!(workload.longer_inputs(1.0 / 32.0).is_err(), "half a token");
         assert!(workload.faster(0.0).is_err() && workload.at_rate(f64::NAN).is_err());
-        workload.first(3);
-        assert_eq!(workload.len(), 3);
+        let last = workload.requests()[11].at - workload.requests()[10].at;
+        workload.first(12);
+        workload.skip(10);
+        let times: Vec<_> = workload.requests().iter().map(|r| r.at).collect();
+        assert_eq!(times, [Nanos::ZERO, last]);
     }
 }

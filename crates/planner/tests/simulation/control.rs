@@ -37,39 +37,82 @@ fn drawn(requests: usize, per_second: f64, input: f64, output: u32, seed: u64) -
     generator.draw(seed)
 }
 
+/// Requests before the mix turns.
+const MORNING: usize = 5000;
+
 /// Prompts are long and answers short, and then the other way round.
 fn turning() -> Workload {
-    let morning = drawn(800, 16.0, 200.0, 4, 1);
-    morning.then(seconds(1.0), &drawn(1000, 11.0, 20.0, 400, 2)).unwrap()
+    let morning = drawn(MORNING, 10.0, 300.0, 60, 1);
+    morning.then(seconds(1.0), &drawn(900, 6.0, 20.0, 400, 2)).unwrap()
 }
 
 fn options() -> ControlOptions {
     let mut options = ControlOptions::new(slo(), Some(node(&profile())));
-    (options.window, options.cooldown) = (seconds(40.0), seconds(40.0));
+    (options.window, options.cooldown, options.drain) = (seconds(60.0), seconds(40.0), seconds(2.0));
     options
 }
 
 fn directed(workload: &Workload, prefill: usize, decode: usize, options: ControlOptions) -> (Outcome, Directed) {
-    let cluster = SimOptions::new(&node(&profile()), prefill, decode, slo());
+    let mut cluster = SimOptions::new(&node(&profile()), prefill, decode, slo());
+    cluster.drain = options.drain;
     let mut directed = Directed::new(Controller::new(options));
     let outcome = simulate_directed(workload, &cluster, seconds(10.0), &mut |looked| directed.look(looked)).unwrap();
     (outcome, directed)
 }
 
+/// Requests that missed the SLO until then, and since.
+fn missed(outcome: &Outcome, noon: Nanos) -> [usize; 2] {
+    let missed = outcome.requests.iter().filter(|r| !r.good);
+    let morning = missed.clone().filter(|r| r.at < noon).count();
+    [morning, missed.count() - morning]
+}
+
 #[test]
-fn a_mix_that_turns_is_followed() {
+fn a_mix_that_turns_is_followed_and_then_nothing_is_changed() {
     let day = turning();
-    let (outcome, directed) = directed(&day, 3, 3, options());
-    let stays = simulate(&day, &SimOptions::new(&node(&profile()), 3, 3, slo())).unwrap();
-    let (with, without) = (outcome.good_share(), stays.good_share());
-    assert!(with > without + 0.1, "{with} against {without}: {:?}", directed.changes);
-    let to = |side| {
-        let is = |(_, change): &(Nanos, Change)| matches!(change, Change::Role { to, .. } if *to == side);
-        directed.changes.iter().any(is)
-    };
-    assert!(to(Side::Decode), "{:?}", directed.changes);
-    for pair in directed.changes.windows(2) {
-        assert!(pair[1].0 >= pair[0].0 + seconds(40.0), "{:?}", directed.changes);
+    let noon = day.requests()[MORNING].at;
+    let fixed: Vec<[usize; 2]> = (1..6)
+        .map(|prefill| {
+            let cluster = SimOptions::new(&node(&profile()), prefill, 6 - prefill, slo());
+            missed(&simulate(&day, &cluster).unwrap(), noon)
+        })
+        .collect();
+    let prefill_of = |best: Option<(usize, &[usize; 2])>| best.map_or(0, |(index, _)| index + 1);
+    let best = |half: usize| prefill_of(fixed.iter().enumerate().min_by_key(|(_, missed)| missed[half]));
+    assert!(
+        best(0) > best(1),
+        "the halves do not want different divisions: {fixed:?}"
+    );
+    for start in [3, 5] {
+        let (outcome, directed) = directed(&day, start, 6 - start, options());
+        let told = format!("from {start}P: {:?}, fixed: {fixed:?}", directed.changes);
+        let ours = missed(&outcome, noon);
+        let best_fixed = fixed.iter().map(|[morning, evening]| morning + evening).min().unwrap();
+        assert!(ours[0] + ours[1] < best_fixed, "{ours:?} {told}");
+        let mut prefill = start;
+        let mut turns: Vec<(Nanos, Side)> = Vec::new();
+        for (at, change) in &directed.changes {
+            let Change::Role { to, nodes } = *change else {
+                panic!("{told}")
+            };
+            prefill = if to == Side::Prefill {
+                prefill + nodes
+            } else {
+                prefill - nodes
+            };
+            turns.push((*at, to));
+        }
+        for pair in turns.windows(2) {
+            assert!(pair[1].0 >= pair[0].0 + options().cooldown, "{told}");
+            // To the other side only as the mix turns.
+            assert!(
+                pair[1].1 == pair[0].1 || (pair[0].0 < noon && pair[1].0 > noon),
+                "{told}"
+            );
+        }
+        let stays = fixed[prefill - 1][1] as f64;
+        let least = fixed[best(1) - 1][1] as f64;
+        assert!(stays <= least + 0.02 * 900.0, "ends on a wrong division: {told}");
     }
 }
 

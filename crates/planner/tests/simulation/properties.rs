@@ -115,6 +115,40 @@ proptest! {
     }
 }
 
+/// Sixteen draws of the requests for each cluster, the same for both: on the mean of these, chance aside, a node more does
+/// not lower the share of the requests that are within the SLO.
+#[test]
+fn more_nodes_lower_goodput_for_no_cluster_on_the_mean() {
+    let kind = small_kv(400_000);
+    let good = |workload: &Workload, prefill, decode, policy| {
+        let mut options = SimOptions::new(&kind, prefill, decode, slo());
+        (options.prefix_cache, options.policy) = (false, policy);
+        simulate(workload, &options).unwrap().good_share()
+    };
+    for rate in [4.0, 12.0, 30.0] {
+        let draws: Vec<Workload> = (0..16).map(|seed| drawn(250, rate, seed)).collect();
+        for (prefill, decode) in [(1, 1), (1, 3), (2, 2), (3, 1), (3, 3)] {
+            for policy in [Policy::LeastLoaded, Policy::Predicted] {
+                for (p, d) in [(prefill + 1, decode), (prefill, decode + 1), (prefill + 1, decode + 1)] {
+                    let gains: Vec<f64> = draws
+                        .iter()
+                        .map(|draw| good(draw, p, d, policy) - good(draw, prefill, decode, policy))
+                        .collect();
+                    let count = gains.len() as f64;
+                    let mean = gains.iter().sum::<f64>() / count;
+                    let spread = gains.iter().map(|gain| (gain - mean).powi(2)).sum::<f64>();
+                    let error = (spread / (count - 1.0) / count).sqrt();
+                    println!("{rate}/s {policy:?} {prefill}P+{decode}D to {p}P+{d}D: {mean:+.4} +- {error:.4}");
+                    assert!(
+                        mean + 3.0 * error >= 0.0,
+                        "{rate}/s, {policy:?}: {p}P+{d}D is worse than {prefill}P+{decode}D: {gains:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// Equal nodes under equal load: one that reported a step which also computed a prompt as a slow one would be left idle.
 #[test]
 fn equal_decode_nodes_are_used_alike() {

@@ -10,6 +10,7 @@ mod form;
 mod isa;
 mod kernels;
 mod packed;
+mod pages;
 mod pool;
 mod step;
 mod weights;

@@ -1,9 +1,11 @@
 //! Weight matrices in the layout that the kernels read: panels of sixteen rows. Elements keep the file's type.
 
 use super::kernels::{Format, Int8Unit, Kernels, LANES, MatmulUnit};
+use super::pages::{Pages, Piece};
 use super::pool::Pool;
 use crate::backend::Activations;
 use crate::model::{ElementType, Tensor};
+use std::io;
 use std::sync::{Mutex, PoisonError};
 
 /// A matrix `(rows, inner)`, packed. Rows are padded to whole panels with zeros.
@@ -14,7 +16,7 @@ pub(super) struct PackedMatrix {
     rows: usize,
     inner: usize,
     panel_bytes: usize,
-    panels: Vec<u8>,
+    panels: Piece,
 }
 
 /// One buffer for each thread, reused from job to job.
@@ -45,13 +47,21 @@ fn format(element: ElementType) -> Format {
 impl PackedMatrix {
     /// Packs a matrix of shape `(rows, inner)`. The loader checked that data and shape agree. Only quantised weights take
     /// activations in 8 bits; the others get them as they are.
-    pub(super) fn new(tensor: &Tensor<'_>, activations: Activations, pool: &mut Pool) -> Self {
+    ///
+    /// # Errors
+    /// No memory.
+    pub(super) fn new(
+        tensor: &Tensor<'_>,
+        activations: Activations,
+        pool: &mut Pool,
+        pages: &mut Pages,
+    ) -> io::Result<Self> {
         let [rows, inner] = [0, 1].map(|i| tensor.shape[i] as usize);
         let format = format(tensor.element);
         let row_bytes = inner / format.block_elements() * format.block_bytes();
         let panel_bytes = row_bytes * LANES;
         let count = rows.div_ceil(LANES);
-        let mut panels = vec![0; count * panel_bytes];
+        let mut panels = pages.take(count * panel_bytes)?;
         let bounds: Vec<usize> = (0..=count).map(|panel| panel * panel_bytes).collect();
         pool.parts(&mut panels, &bounds, |panel, out, _| {
             for lane in 0..LANES.min(rows - panel * LANES) {
@@ -63,14 +73,14 @@ impl PackedMatrix {
             Format::Q8_0 | Format::Q4_0 | Format::Q4_1 => activations,
             Format::F32 | Format::F16 | Format::Bf16 => Activations::F32,
         };
-        Self {
+        Ok(Self {
             format,
             activations,
             rows,
             inner,
             panel_bytes,
             panels,
-        }
+        })
     }
 
     /// Outputs, padded to whole panels.
@@ -378,7 +388,7 @@ mod tests {
             data: &bytes,
         };
         let mut pool = Pool::new(2).unwrap();
-        let matrix = PackedMatrix::new(&tensor, activations, &mut pool);
+        let matrix = PackedMatrix::new(&tensor, activations, &mut pool, &mut Pages::default()).unwrap();
         let mut row = vec![0.0; inner];
         for r in 0..rows {
             matrix.row(r, &mut row);
@@ -439,7 +449,7 @@ mod tests {
             data: &bytes,
         };
         let mut pool = Pool::new(1).unwrap();
-        let matrix = PackedMatrix::new(&tensor, Activations::Int8, &mut pool);
+        let matrix = PackedMatrix::new(&tensor, Activations::Int8, &mut pool, &mut Pages::default()).unwrap();
         for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let scratch = Scratch::new(1);

@@ -1,6 +1,7 @@
 //! A model's weights, packed for the kernels.
 
 use super::packed::PackedMatrix;
+use super::pages::Pages;
 use super::pool::Pool;
 use crate::backend::Activations;
 use crate::error::LoadError;
@@ -50,6 +51,7 @@ struct Taker<'a, 'b> {
     checkpoint: &'a Checkpoint,
     activations: Activations,
     pool: &'b mut Pool,
+    pages: Pages,
     progress: &'b mut dyn FnMut(u64),
     done: u64,
 }
@@ -57,8 +59,10 @@ struct Taker<'a, 'b> {
 impl Taker<'_, '_> {
     fn matrix(&mut self, name: TensorName) -> Result<PackedMatrix, LoadError> {
         let tensor = self.checkpoint.tensor(name)?;
-        let packed = PackedMatrix::new(&tensor, self.activations, self.pool);
+        let packed = PackedMatrix::new(&tensor, self.activations, self.pool, &mut self.pages)
+            .map_err(|source| self.checkpoint.no_memory(name, source))?;
         self.count(&tensor);
+        self.checkpoint.release(name);
         Ok(packed)
     }
 
@@ -135,6 +139,7 @@ impl Weights {
             checkpoint,
             activations,
             pool,
+            pages: Pages::default(),
             progress,
             done: 0,
         };
