@@ -7,7 +7,12 @@ set -euo pipefail
 need=()
 command -v cmake >/dev/null 2>&1 || need+=(cmake)
 command -v pkg-config >/dev/null 2>&1 || need+=(pkg-config)
-compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib*/libclang*.so*' >/dev/null || need+=(libclang-dev)
+# libclang-cpp.so is another library, and comes with clang alone.
+libclang=0
+for folder in /usr/lib/llvm-*/lib /usr/lib64 /usr/lib/*-linux-gnu; do
+    if compgen -G "$folder/libclang.so*" >/dev/null || compgen -G "$folder/libclang-[0-9]*.so*" >/dev/null; then libclang=1; fi
+done
+[ "$libclang" = 1 ] || need+=(libclang-dev)
 [ -f /usr/include/infiniband/verbs.h ] || need+=(libibverbs-dev)
 pkg-config --exists libnl-3.0 2>/dev/null || need+=(libnl-3-dev)
 pkg-config --exists libnl-route-3.0 2>/dev/null || need+=(libnl-route-3-dev)

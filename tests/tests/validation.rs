@@ -73,7 +73,7 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
     ] {
         assert!(above_zero(&profile[field]), "{field}: {}", profile[field]);
     }
-    assert!(above_zero(&profile["contended"]["decode"]["seconds"][0][1]));
+    assert!(above_zero(&profile["contended"]["decoding"]["decode"]["seconds"][0][1]));
     assert!(
         profile["handover"][0]["bytes"].as_array().unwrap().len() >= 3,
         "{}",

@@ -69,7 +69,7 @@ async fn main() -> Result<()> {
                 "--speculation",
                 "off",
             ]);
-            let left = leave_under_load(cluster, &asks, leave).await?;
+            let left = leave_under_load(cluster, &asks, asks.len(), leave).await?;
             show(&format!("{leave:?}"), std::slice::from_ref(&left));
             all.push(left);
         }

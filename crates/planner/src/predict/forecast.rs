@@ -1,8 +1,8 @@
-//! The simulation of a cluster whose nodes may share a machine: how busy each side is decides how fast the other one is, so it is
-//! simulated until the two agree.
+//! The simulation of a cluster whose nodes may share a machine: what each node computes while others do decides how fast they are, so
+//! it is simulated until the two agree. Shares are of the time in which a node computes: a burst keeps all of them busy at once.
 
 use super::Figures;
-use crate::profile::{NodeModel, Profile};
+use crate::profile::{Beside, NodeModel, Profile};
 use crate::search::{PlanError, Split};
 use crate::sim::{NodeUse, Outcome, SimError, SimOptions, simulate};
 use crate::slo::Slo;
@@ -49,16 +49,20 @@ fn sides(nodes: &[NodeUse], prefill: usize) -> [f64; 2] {
     [mean(&nodes[..prefill]), mean(&nodes[prefill..])]
 }
 
-/// How busy the neighbours of one node of a side are, on average.
-fn neighbours(split: Split, busy: [f64; 2], side: usize) -> f64 {
-    let mut counts = [split.prefill() as f64, split.decode() as f64];
-    counts[side] -= 1.0;
-    let all = counts[0] + counts[1];
-    if all > 0.0 {
-        (counts[0] * busy[0] + counts[1] * busy[1]) / all
-    } else {
-        0.0
+/// What others do while nodes of a side compute: the mean over that side, each node by its time.
+fn beside(nodes: &[NodeUse]) -> Beside {
+    let mut shares = Beside::default();
+    for (kind, shares) in shares.iter_mut().enumerate() {
+        let time = |node: &NodeUse| if kind == 0 { node.prefilling } else { node.decoding };
+        let all = nodes.iter().map(time).sum::<f64>().max(1e-12);
+        for (theirs, share) in shares.iter_mut().enumerate() {
+            *share = nodes
+                .iter()
+                .map(|node| time(node) / all * node.beside[kind][theirs])
+                .sum();
+        }
     }
+    shares
 }
 
 /// What the cluster will do with these requests, at the times that they have.
@@ -66,12 +70,13 @@ fn neighbours(split: Split, busy: [f64; 2], side: usize) -> f64 {
 /// # Errors
 /// Where it would leave the profile.
 pub fn predict(case: &Case<'_>, workload: &Workload) -> Result<Forecast, PlanError> {
-    let mut busy = [0.5; 2];
+    let mut shares = [[[0.25; 2]; 2]; 2];
     let rounds = if case.profile.contended.is_some() { ROUNDS } else { 1 };
-    let mut outcome = run(case, workload, busy)?;
+    let mut outcome = run(case, workload, shares)?;
     for _ in 1..rounds {
-        busy = sides(&outcome.nodes, outcome.prefill_nodes);
-        outcome = run(case, workload, busy)?;
+        let (prefill, decode) = outcome.nodes.split_at(outcome.prefill_nodes);
+        shares = [beside(prefill), beside(decode)];
+        outcome = run(case, workload, shares)?;
     }
     Ok(Forecast {
         figures: Figures::of(&outcome),
@@ -80,11 +85,12 @@ pub fn predict(case: &Case<'_>, workload: &Workload) -> Result<Forecast, PlanErr
     })
 }
 
-fn run(case: &Case<'_>, workload: &Workload, busy: [f64; 2]) -> Result<Outcome, PlanError> {
-    let model = |side| Arc::new(NodeModel::beside(case.profile, neighbours(case.split, busy, side)));
+fn run(case: &Case<'_>, workload: &Workload, shares: [Beside; 2]) -> Result<Outcome, PlanError> {
+    let model = |side: usize| Arc::new(NodeModel::beside(case.profile, shares[side]));
     let mut options = SimOptions::new(&model(0), case.split.prefill(), 0, case.slo.clone());
     options.decode = vec![model(1); case.split.decode()];
     (options.policy, options.frames) = (case.policy, true);
+    options.neighbours = case.profile.contended.is_some();
     Ok(simulate(workload, &options)?)
 }
 

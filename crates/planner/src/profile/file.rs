@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The only format that is read and written.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Where a profile's figures come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,16 @@ pub struct HandoverPath {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Contended {
+    /// Beside a node that computes prompts.
+    pub prefilling: Steps,
+    /// Beside a node that decodes.
+    pub decoding: Steps,
+}
+
+/// Steps of both sorts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Steps {
     /// As [`Profile::prefill`], at the same points.
     pub prefill: Grid,
     /// As [`Profile::decode`], at the same points.
@@ -130,6 +140,12 @@ pub struct Profile {
     pub error_bars: Vec<ErrorBar>,
 }
 
+/// What every version has.
+#[derive(Deserialize)]
+struct Head {
+    version: u32,
+}
+
 /// What a profile covers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Coverage {
@@ -153,10 +169,20 @@ impl Profile {
             path: path.to_owned(),
             source,
         })?;
-        let profile: Self = serde_json::from_str(&text).map_err(|source| ProfileError::Syntax {
+        // Of another version, other fields are there: the version is what is wrong with it.
+        let wrong = |source| ProfileError::Syntax {
             path: path.to_owned(),
             source,
-        })?;
+        };
+        let Head { version } = serde_json::from_str(&text).map_err(wrong)?;
+        if version != FORMAT_VERSION {
+            return Err(ProfileError::Version {
+                name: path.display().to_string(),
+                version,
+                expected: FORMAT_VERSION,
+            });
+        }
+        let profile: Self = serde_json::from_str(&text).map_err(wrong)?;
         profile.check()?;
         Ok(profile)
     }
@@ -201,9 +227,12 @@ impl Profile {
         }
         if let Some(contended) = &self.contended {
             let same = |a: &Grid, b: &Grid| a.x == b.x && a.y == b.y;
+            let (prefilling, decoding) = (&contended.prefilling, &contended.decoding);
             for (field, grid, alone) in [
-                ("contended.prefill", &contended.prefill, &self.prefill),
-                ("contended.decode", &contended.decode, &self.decode),
+                ("contended.prefilling.prefill", &prefilling.prefill, &self.prefill),
+                ("contended.prefilling.decode", &prefilling.decode, &self.decode),
+                ("contended.decoding.prefill", &decoding.prefill, &self.prefill),
+                ("contended.decoding.decode", &decoding.decode, &self.decode),
             ] {
                 if let Some(fault) = grid.fault() {
                     return Err(wrong(&format!("{field}{fault}"), ""));

@@ -61,14 +61,18 @@ impl Grid {
         Ok(low + (row(i + 1) - low) * across)
     }
 
-    /// So much of the way to another grid of the same points, 0 to 1.
-    pub(super) fn towards(&self, other: &Self, share: f64) -> Self {
-        let between = |(a, b): (&f64, &f64)| a + (b - a) * share.clamp(0.0, 1.0);
-        let rows = self.seconds.iter().zip(&other.seconds);
+    /// A step that goes for these shares of its time as fast as in other grids of the same points, and otherwise as in this one.
+    pub(super) fn mixed_with(&self, others: [(&Self, f64); 2]) -> Self {
+        let rest = 1.0 - others.iter().map(|(_, share)| share).sum::<f64>();
+        let at = |i: usize, j: usize, alone: f64| {
+            let per_second = |(grid, share): &(&Self, f64)| share / grid.seconds[i][j].max(1e-12);
+            1.0 / (rest.max(0.0) / alone.max(1e-12) + others.iter().map(per_second).sum::<f64>())
+        };
+        let row = |(i, row): (usize, &Vec<f64>)| row.iter().enumerate().map(|(j, alone)| at(i, j, *alone)).collect();
         Self {
             x: self.x.clone(),
             y: self.y.clone(),
-            seconds: rows.map(|(a, b)| a.iter().zip(b).map(between).collect()).collect(),
+            seconds: self.seconds.iter().enumerate().map(row).collect(),
         }
     }
 

@@ -10,10 +10,12 @@ mod roofline;
 mod row;
 
 pub use error::{OutOfRange, ProfileError};
-pub use file::{Contended, Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual};
+pub use file::{
+    Contended, Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual, Steps,
+};
 pub use gpus::{GPUS, Gpu, gpu};
 pub use grid::Grid;
 pub use models::{MODELS, model};
-pub use node::NodeModel;
+pub use node::{Beside, NodeModel};
 pub use roofline::estimate;
 pub use row::{DecodeRow, Segment};

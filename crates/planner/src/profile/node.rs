@@ -1,10 +1,14 @@
 //! A profile made ready to be asked often.
 
-use super::{DecodeRow, Grid, OutOfRange, Profile, grid};
+use super::{Contended, DecodeRow, Grid, OutOfRange, Profile, grid};
 
 const PREFILL: [&str; 2] = ["prefill.new_tokens", "prefill.context_tokens"];
 const DECODE_CONTEXT: &str = "decode.total_context_tokens";
 const DECODE_BATCH: &str = "decode.batch";
+
+/// What another node of the same machine does meanwhile, as shares of the time: while this one computes prompts, and while it only
+/// decodes; each time the share in which the other one computes prompts, and that in which it only decodes.
+pub type Beside = [[f64; 2]; 2];
 
 /// How long one kind of node takes for what.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,13 +72,16 @@ impl NodeModel {
         }
     }
 
-    /// Of a checked profile, on a machine whose other nodes compute this share of the time, 0 to 1. A step then takes so much of
-    /// the way from its time alone to its time beside a busy neighbour; the same where the profile knows no neighbours.
-    pub fn beside(profile: &Profile, busy: f64) -> Self {
+    /// Of a checked profile, on a machine with other nodes: a step then goes for these shares of its time as fast as beside a busy
+    /// neighbour. The same as [`Self::new`] where the profile knows no neighbours.
+    pub fn beside(profile: &Profile, shares: Beside) -> Self {
         let mut model = Self::new(profile);
-        if let Some(contended) = &profile.contended {
-            model.prefill = model.prefill.towards(&contended.prefill, busy);
-            model.decode = model.decode.towards(&contended.decode, busy);
+        if let Some(Contended { prefilling, decoding }) = &profile.contended {
+            let [prompts, decodes] = shares;
+            let others = [(&prefilling.prefill, prompts[0]), (&decoding.prefill, prompts[1])];
+            model.prefill = model.prefill.mixed_with(others);
+            let others = [(&prefilling.decode, decodes[0]), (&decoding.decode, decodes[1])];
+            model.decode = model.decode.mixed_with(others);
         }
         model
     }

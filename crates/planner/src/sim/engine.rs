@@ -1,6 +1,7 @@
 //! One node: the loop of the live engine thread (`node-host`) without tensors. It asks the same `step` functions who is let in, what
 //! the next step computes and who gives way; a step takes what the profile says.
 
+use super::beside::Spans;
 use super::decoding::{DecodeBatch, Left};
 use super::pool::{Pool, Table};
 use crate::Nanos;
@@ -162,6 +163,8 @@ pub(super) struct Engine {
     pub prefill_tokens_per_s: f32,
     /// Time that it computed prompts, and decoded, and the most blocks that were in use.
     pub busy: [Nanos; 2],
+    /// When that was, where it is asked for.
+    pub spans: Option<Spans>,
     pub blocks_peak: u32,
     pub preemptions: u64,
     pub handed_on: u64,
@@ -196,6 +199,7 @@ impl Engine {
             step_us: 0.0,
             prefill_tokens_per_s: 0.0,
             busy: [Nanos::ZERO; 2],
+            spans: None,
             blocks_peak: 0,
             preemptions: 0,
             handed_on: 0,
@@ -218,6 +222,14 @@ impl Engine {
         let done = row.first_after(self.decoding.tokens(), computing.steps, passed);
         let done = done.map_or(computing.steps, |(steps, _)| steps);
         (done, self.decoding.growth(done))
+    }
+
+    /// It computed until now.
+    pub fn computed(&mut self, began: Nanos, now: Nanos, decoding: bool) {
+        self.busy[usize::from(decoding)] += now - began;
+        if let Some(spans) = &mut self.spans {
+            spans.push(began, now, decoding);
+        }
     }
 
     /// Blocks promised to sequences that gave way.

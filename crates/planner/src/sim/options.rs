@@ -37,6 +37,9 @@ pub struct SimOptions {
     /// Gaps are counted as clients see them: tokens come in frames, as decode nodes send them. Costs a time per token. Else they
     /// are those between steps.
     pub frames: bool,
+    /// The nodes share a machine: what they compute at the same time is told ([`NodeUse::beside`](super::NodeUse::beside)). Costs a
+    /// time per pause of a node.
+    pub neighbours: bool,
     /// Ends as soon as the SLO cannot be met any more.
     pub give_up: bool,
 }
@@ -59,6 +62,7 @@ impl SimOptions {
             prefix_cache: true,
             slo,
             frames: false,
+            neighbours: false,
             give_up: false,
         }
     }

@@ -38,7 +38,7 @@ impl Engine {
         let mut last = turn.now;
         if let Some(computing) = self.computing.take() {
             last = computing.began;
-            self.busy[usize::from(computing.parts.is_empty())] += turn.now - computing.began;
+            self.computed(computing.began, turn.now, computing.parts.is_empty());
             if let Some(row) = computing.row.as_ref().filter(|_| computing.parts.is_empty()) {
                 let (start, passed) = (self.decoding.tokens(), (turn.now - last).seconds());
                 let (mut steps, ends) = row.first_after(start, computing.steps, passed)?;

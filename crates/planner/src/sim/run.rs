@@ -1,5 +1,6 @@
 //! The loop: the next event happens, until there is none.
 
+use super::beside::Spans;
 use super::cluster::{Cluster, HEARTBEAT};
 use super::engine::Engine;
 use super::event::{Event, Events};
@@ -10,6 +11,7 @@ use super::outcome::{Fate, NodeUse, Outcome, Served};
 use super::record::Record;
 use super::request::Journey;
 use crate::Nanos;
+use crate::profile::Beside;
 use crate::slo::Metric;
 use crate::workload::Workload;
 use baton_scheduling::{BlockIndex, FairQueue, Fleet, FleetNode, HandoverTimes, Load, NodeView, Side, StepModel};
@@ -215,6 +217,12 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
     if options.frames {
         cluster.record.tokens.keep(cluster.engines.len(), requests);
     }
+    if options.neighbours {
+        cluster
+            .engines
+            .iter_mut()
+            .for_each(|engine| engine.spans = Some(Spans::default()));
+    }
     for node in 0..cluster.engines.len() {
         let side = if node < options.prefill.len() {
             Side::Prefill
@@ -303,7 +311,16 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         .map(busy)
         .fold(ended.seconds().max(1e-9), f64::max);
     let until = ended.max(workload.requests().last().map_or(Nanos::ZERO, |last| last.at));
-    let used = |(engine, life): (&Engine, &Life)| NodeUse {
+    let beside = |node: usize| {
+        let (before, from) = cluster.engines.split_at(node);
+        let others = before.iter().chain(&from[1..]);
+        let own = from[0].spans.as_ref();
+        own.map_or_else(Beside::default, |own| {
+            own.beside(others.filter_map(|other| other.spans.as_ref()))
+        })
+    };
+    let used = |(node, (engine, life)): (usize, (&Engine, &Life))| NodeUse {
+        beside: beside(node),
         prefilling: engine.busy[0].seconds() / time,
         decoding: engine.busy[1].seconds() / time,
         kv_peak: f64::from(engine.blocks_peak) / f64::from(engine.pool.total().max(1)),
@@ -315,7 +332,13 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         requests: workload.requests().iter().enumerate().map(served).collect(),
         itl: cluster.record.itl.clone(),
         late_gaps: cluster.record.late_gaps,
-        nodes: cluster.engines.iter().zip(&cluster.lives).map(used).collect(),
+        nodes: cluster
+            .engines
+            .iter()
+            .zip(&cluster.lives)
+            .enumerate()
+            .map(used)
+            .collect(),
         prefill_nodes: cluster.options.prefill.len(),
         span: workload.duration(),
         ended,

@@ -278,7 +278,7 @@ impl Engine {
         };
         let took = turn.now - computing.began;
         let tokens: u32 = computing.parts.iter().map(|(_, tokens)| tokens).sum();
-        self.busy[if tokens > 0 { 0 } else { 1 }] += took;
+        self.computed(computing.began, turn.now, tokens == 0);
         let mut freed = false;
         if computing.steps > 0 {
             self.pool.take(self.decoding.growth(computing.steps));

@@ -9,7 +9,7 @@ use crate::cluster::{ClusterOptions, Shape};
 use crate::models::ModelSource;
 use anyhow::{Context, Result, anyhow, ensure};
 use baton_node_runtime::parse_bytes;
-use baton_planner::profile::{FORMAT_VERSION, Kind, ModelShape, Profile as ProfileFile};
+use baton_planner::profile::{FORMAT_VERSION, Grid, Kind, ModelShape, Profile as ProfileFile, Steps};
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -23,7 +23,7 @@ const PREFILL_RUNNING_MAX: u32 = 32;
 ///
 /// First the engine in this process: how long steps take over what they compute, alone and beside as many busy neighbours as nodes will
 /// have. Then a prefill node and a decode node, started for this: hand-overs, what the coordinator adds, KV capacity, start, change of
-/// role. Nothing else should run on the machine meanwhile. Takes a minute or two for a small model.
+/// role. Nothing else should run on the machine meanwhile. Takes some minutes for a small model.
 #[derive(Debug, clap::Args)]
 pub struct Profile {
     /// smollm2, a .gguf file, a folder with config.json and *.safetensors, or a Hugging Face repository
@@ -38,13 +38,13 @@ pub struct Profile {
     /// 1: steps are also measured beside another node that computes on this machine
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
     neighbours: u32,
-    /// KV memory of each node
+    /// KV memory of each node; steps are measured up to as many tokens as it holds
     #[arg(long, value_name = "BYTES", default_value = "512MiB", value_parser = parse_bytes)]
     kv_bytes: u64,
-    /// The largest decode batch that is measured
-    #[arg(long, value_name = "COUNT", default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=256))]
+    /// The largest decode batch that is measured; a node runs no more than 256 unless told
+    #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..=256))]
     batch_max: u32,
-    /// The longest prompt and answer that are measured, and half of the tokens that all sequences of a batch may have
+    /// The longest prompt and answer that are measured
     #[arg(long, value_name = "TOKENS", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1024..))]
     context_max: u32,
     /// Times that each point is measured; the median counts
@@ -97,6 +97,7 @@ impl Profile {
             neighbours: self.neighbours,
             batch_max: self.batch_max,
             context_max: self.context_max,
+            kv_bytes: self.kv_bytes,
             repeat: self.repeat as usize,
         }
     }
@@ -124,9 +125,9 @@ impl Profile {
         }
     }
 
-    fn profile(&self, steps: Steps, live: Live) -> ProfileFile {
+    fn profile(&self, steps: Measured, live: Live) -> ProfileFile {
         let beside = match &steps.tables.contended {
-            Some(_) => "alone, and beside a neighbour that computes all the time",
+            Some(_) => "alone, and beside a neighbour that computes prompts, or decodes, all the time",
             None => "alone",
         };
         let sources = vec![
@@ -182,11 +183,12 @@ struct Settings {
     neighbours: u32,
     batch_max: u32,
     context_max: u32,
+    kv_bytes: u64,
     repeat: usize,
 }
 
 /// What it measured.
-struct Steps {
+struct Measured {
     tables: Tables,
     layers: u32,
     kv_token_bytes: u64,
@@ -196,22 +198,26 @@ struct Steps {
 }
 
 impl Settings {
-    fn steps(&self, model: &str) -> Result<Steps> {
-        let total = self.context_max * 2;
-        let load = |sequences, total| {
+    fn steps(&self, model: &str) -> Result<Measured> {
+        let load = || {
             eprintln!("baton: loading {model}");
-            Engine::load(model, self.threads, sequences, total)
+            Engine::load(model, self.threads, self.kv_bytes)
         };
-        let mut engine = load(self.batch_max as usize + 1, total)?;
+        let mut engine = load()?;
         let neighbour = match self.neighbours {
             0 => None,
-            _ => Some(Neighbour::start(load(3, 4096)?)),
+            _ => Some(Neighbour::start(load()?)),
         };
-        let longest = engine.config().context_tokens.min(self.context_max);
-        let points = Points::new(CHUNK_TOKENS, longest, total, self.batch_max, self.repeat);
+        let blocks = engine.blocks();
+        let longest = engine
+            .config()
+            .context_tokens
+            .min(self.context_max)
+            .min(blocks * BLOCK_TOKENS);
+        let points = Points::new(CHUNK_TOKENS, longest, blocks, self.batch_max, self.repeat);
         let tables = tables::measure(&mut engine, neighbour.as_ref(), &points)?;
         neighbour.map_or(Ok(()), Neighbour::end)?;
-        Ok(Steps {
+        Ok(Measured {
             tables,
             layers: engine.config().layers,
             kv_token_bytes: engine.kv_token_bytes(),
@@ -232,11 +238,12 @@ fn hardware() -> String {
 }
 
 fn told(profile: &ProfileFile, out: &str) -> String {
-    let at = |grid: &baton_planner::profile::Grid, x: f64, y: f64| grid.at(x, y, ["x", "y"]).unwrap_or(0.0) * 1e3;
-    let beside = |pick: fn(&baton_planner::profile::Contended) -> &baton_planner::profile::Grid, x: f64, y: f64| {
+    let at = |grid: &Grid, x: f64, y: f64| grid.at(x, y, ["x", "y"]).unwrap_or(0.0) * 1e3;
+    let beside = |pick: fn(&Steps) -> &Grid, x: f64, y: f64| {
         let contended = profile.contended.as_ref();
         contended.map_or(String::new(), |c| {
-            format!(" ({:.1} beside a busy neighbour)", at(pick(c), x, y))
+            let (prefilling, decoding) = (at(pick(&c.prefilling), x, y), at(pick(&c.decoding), x, y));
+            format!(" ({prefilling:.1} beside a node that prefills, {decoding:.1} beside one that decodes)")
         })
     };
     let path = profile.handover.first();

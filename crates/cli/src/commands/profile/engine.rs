@@ -1,7 +1,7 @@
 //! The engine alone, in this process: single steps, timed. Prompts' contents do not change how long a step takes, so positions are
 //! computed without what would stand before them; the arena is the one that nodes have, all of it resident.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use baton_engine::{Backend, LoadOptions, Slice, Unobserved, WantedLogits, load};
 use baton_kv_transfer::Arena;
 use baton_types::{ArenaView, BlockId, KvDtype};
@@ -10,8 +10,10 @@ use std::time::Instant;
 
 /// Tokens of a block, as nodes have it unless told.
 pub const BLOCK_TOKENS: u32 = 16;
+/// Fewer cannot hold the steps that are measured.
+const BLOCKS_MIN: u32 = 128;
 
-/// An engine with room for some sequences.
+/// An engine with as much KV as a node has.
 pub struct Engine {
     backend: Box<dyn Backend>,
     arena: ArenaView,
@@ -20,8 +22,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a model, with room for `total` tokens in `sequences` sequences.
-    pub fn load(model: &str, threads: usize, sequences: usize, total: u32) -> Result<Self> {
+    /// Loads a model, with so much memory for KV.
+    pub fn load(model: &str, threads: usize, kv_bytes: u64) -> Result<Self> {
         let options = LoadOptions {
             threads,
             kv_dtype: KvDtype::F16,
@@ -29,31 +31,33 @@ impl Engine {
         };
         let backend = load(Path::new(model), &options, &mut |_, _| {})?;
         let config = backend.config();
-        let longest = config.context_tokens.min(total);
+        let longest = config.context_tokens;
         let geometry = config.kv_geometry(BLOCK_TOKENS, KvDtype::F16);
-        // The first sequence may have the longest context; all of them together have `total`.
-        let each = (total / sequences as u32).max(BLOCK_TOKENS).div_ceil(BLOCK_TOKENS) + 1;
-        let blocks = (each * sequences as u32).max(longest.div_ceil(BLOCK_TOKENS) + 1);
+        let blocks = u32::try_from(kv_bytes / geometry.block_bytes() as u64)?;
+        ensure!(
+            blocks >= BLOCKS_MIN,
+            "--kv-bytes holds {blocks} KV blocks of {} bytes, and steps of some length want {BLOCKS_MIN}: give more",
+            geometry.block_bytes()
+        );
         let arena = Arena::allocate(geometry, blocks, &mut |_, _| {}).context("memory for KV")?;
         let tokens = (0..longest).map(|i| 17 + i.wrapping_mul(2_654_435_761) % 200).collect();
-        let mut engine = Self {
+        Ok(Self {
             backend,
             arena: arena.view(),
             tables: Vec::new(),
             tokens,
-        };
-        engine.share_out(sequences, blocks);
-        Ok(engine)
+        })
     }
 
     /// Gives the arena's blocks to so many sequences.
-    fn share_out(&mut self, sequences: usize, blocks: u32) {
-        let each = blocks / sequences as u32;
+    fn share_out(&mut self, sequences: usize) {
+        let each = self.blocks() / sequences as u32;
         let table = |s: u32| (s * each..(s + 1) * each).map(BlockId).collect();
         self.tables = (0..sequences as u32).map(table).collect();
     }
 
-    fn blocks(&self) -> u32 {
+    /// KV blocks in all.
+    pub fn blocks(&self) -> u32 {
         self.arena.blocks() as u32
     }
 
@@ -75,7 +79,7 @@ impl Engine {
     /// Seconds of one step that computes `new` prompt tokens behind `context`, and decodes `batch` sequences of `total` tokens in all.
     pub fn step(&mut self, new: u32, context: u32, batch: u32, total: u32) -> Result<f64> {
         let sequences = batch as usize + usize::from(new > 0);
-        self.share_out(sequences.max(1), self.blocks());
+        self.share_out(sequences.max(1));
         let mut slices = Vec::with_capacity(sequences);
         for i in 0..batch {
             // Totals that do not divide evenly: some have one token more.

@@ -1,10 +1,10 @@
 //! Step times over what a step computes: measured at the points of a grid, in turns, the median of each. What no node can ever do
 //! (one sequence with more tokens than the model takes) is filled by a line through what its row measured.
 
-use super::engine::Engine;
+use super::engine::{BLOCK_TOKENS, Engine};
 use super::neighbour::{Doing, Neighbour};
 use anyhow::{Result, ensure};
-use baton_planner::profile::{Contended, Grid, Residual};
+use baton_planner::profile::{Contended, Grid, Residual, Steps};
 
 /// What to measure.
 pub struct Points {
@@ -16,6 +16,8 @@ pub struct Points {
     pub total: Vec<u32>,
     /// The longest sequence.
     pub longest: u32,
+    /// KV blocks in all.
+    pub blocks: u32,
     /// Times that each point is measured.
     pub repeat: usize,
 }
@@ -33,8 +35,8 @@ pub struct Tables {
 type Step = (u32, u32, u32, u32);
 
 impl Points {
-    /// Up to a chunk and the longest sequence.
-    pub fn new(chunk: u32, longest: u32, total: u32, batch: u32, repeat: usize) -> Self {
+    /// Up to a chunk, the longest sequence, and as many tokens as there is KV for.
+    pub fn new(chunk: u32, longest: u32, blocks: u32, batch: u32, repeat: usize) -> Self {
         let up_to = |all: &[u32], max: u32| {
             let mut points: Vec<u32> = all.iter().copied().filter(|point| *point < max).collect();
             points.push(max);
@@ -43,9 +45,10 @@ impl Points {
         Self {
             new: up_to(&[1, 16, 64, 128], chunk),
             context: up_to(&[0, 256, 1024, 2048, 4096], longest - chunk),
-            batch: up_to(&[1, 2, 4, 8], batch),
-            total: up_to(&[1, 256, 1024, 2048, 4096], total),
+            batch: up_to(&[1, 2, 4, 8, 16, 32, 64, 128], batch),
+            total: up_to(&[1, 256, 1024, 2048, 4096, 8192, 16384], blocks * BLOCK_TOKENS),
             longest,
+            blocks,
             repeat,
         }
     }
@@ -61,7 +64,8 @@ impl Points {
     }
 
     fn can_be(&self, batch: u32, total: u32) -> bool {
-        total >= batch && total <= batch * (self.longest - 1)
+        let each = total.div_ceil(batch);
+        total >= batch && each < self.longest && each.div_ceil(BLOCK_TOKENS) <= self.blocks / batch
     }
 
     fn decode(&self) -> Vec<Step> {
@@ -110,17 +114,21 @@ pub fn measure(engine: &mut Engine, neighbour: Option<&Neighbour>, points: &Poin
     let contended = match neighbour {
         None => None,
         Some(neighbour) => {
-            told("steps of prompts beside a node that decodes", &prefill);
-            neighbour.does(Doing::Decode);
-            let times = medians(engine, &prefill, points.repeat)?;
-            let beside = grid(&points.new, &points.context, &prefill, &times);
-            told("steps of decoding beside a node that prefills", &decode);
-            neighbour.does(Doing::Prefill);
-            let times = medians(engine, &decode, points.repeat)?;
-            neighbour.does(Doing::Idle);
+            let mut beside = |doing, what| -> Result<Steps> {
+                neighbour.does(doing);
+                told(&format!("steps of prompts beside a node that {what}"), &prefill);
+                let prompts = medians(engine, &prefill, points.repeat)?;
+                told(&format!("steps of decoding beside a node that {what}"), &decode);
+                let decoding = medians(engine, &decode, points.repeat)?;
+                neighbour.does(Doing::Idle);
+                Ok(Steps {
+                    prefill: grid(&points.new, &points.context, &prefill, &prompts),
+                    decode: decode_grid(points, &decode, &decoding),
+                })
+            };
             Some(Contended {
-                prefill: beside,
-                decode: decode_grid(points, &decode, &times),
+                prefilling: beside(Doing::Prefill, "prefills")?,
+                decoding: beside(Doing::Decode, "decodes")?,
             })
         }
     };
@@ -239,12 +247,21 @@ mod tests {
             1.5,
             "a row that falls by noise stays level"
         );
-        let points = Points::new(64, 256, 512, 2, 1);
+        let points = Points::new(64, 256, 32, 2, 1);
         assert_eq!(
             (points.new.clone(), points.total.clone()),
             (vec![1, 16, 64], vec![1, 256, 512])
         );
         assert_eq!(points.decode(), [(0, 0, 1, 1), (0, 0, 2, 256)]);
+        assert!(
+            points.can_be(2, 510) && !points.can_be(2, 511),
+            "longer than the model takes"
+        );
+        let points = Points::new(64, 1024, 33, 4, 1);
+        assert!(
+            points.can_be(4, 512) && !points.can_be(4, 513),
+            "a block of a sequence is its own"
+        );
         let steps = [(0, 0, 1, 1), (0, 0, 2, 256)];
         let grid = decode_grid(&points, &steps, &[1.0, 2.0]);
         assert_eq!(grid.seconds, [vec![1.0; 3], vec![2.0; 3]]);
