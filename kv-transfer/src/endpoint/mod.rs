@@ -2,6 +2,7 @@
 
 mod accept;
 mod blocks;
+mod busy;
 mod digest;
 #[cfg(test)]
 mod fallback_tests;

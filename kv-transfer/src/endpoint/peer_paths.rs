@@ -2,6 +2,7 @@
 //! by all hand-overs to that peer; lives as long as the control line to it.
 
 use super::OutgoingSpec;
+use super::busy::Busy;
 use super::gate::Gate;
 use super::link::{LinkParts, connect_error, gone};
 use super::paths::{Choice, Paths, Report, Sample};
@@ -13,7 +14,6 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -70,8 +70,7 @@ pub(super) struct SharedPath {
     open: Arc<OpenPath>,
     of: Arc<PeerPaths>,
     deadline: Moment,
-    /// The path was at work for this hand-over, microseconds.
-    busy_us: Arc<AtomicU64>,
+    busy: Arc<Busy>,
 }
 
 impl PeerPaths {
@@ -143,7 +142,7 @@ impl PeerPaths {
                         open,
                         of: Arc::clone(self),
                         deadline: wish.deadline,
-                        busy_us: Arc::default(),
+                        busy: Arc::default(),
                     };
                     return path.map(shared).map(Arc::new);
                 }
@@ -329,7 +328,7 @@ pub(super) fn has_way(peer: &Peer, parts: &LinkParts) -> bool {
 impl SharedPath {
     /// How long the path was at work for this hand-over.
     pub(super) fn busy(&self) -> Duration {
-        Duration::from_micros(self.busy_us.load(Ordering::Relaxed))
+        self.busy.total(self.of.parts.clock.now())
     }
 }
 
@@ -372,7 +371,7 @@ impl Path for SharedPath {
 
     fn write(&self, epoch: Epoch, extents: Vec<Extent>) -> BoxFuture<'static, Result<(), PathError>> {
         let (open, of, deadline) = (Arc::clone(&self.open), Arc::clone(&self.of), self.deadline);
-        let busy_us = Arc::clone(&self.busy_us);
+        let busy = Arc::clone(&self.busy);
         let layer_bytes = of.parts.identity.geometry.layer_bytes() as u64;
         let bytes = extents
             .iter()
@@ -380,16 +379,15 @@ impl Path for SharedPath {
             .sum();
         async move {
             let room = open.gate.room(deadline, bytes).await;
+            let began = of.parts.clock.now();
+            busy.begins(began);
             let written = open.path.write(epoch, extents).await;
-            match &written {
-                Ok(()) => {
-                    let sample = room.applied();
-                    open.learn(&of, sample);
-                    let us = u64::try_from(sample.took.as_micros()).unwrap_or(u64::MAX);
-                    busy_us.fetch_add(us, Ordering::Relaxed);
-                }
-                Err(error) if error.is_retryable() => open.broke(&of, &error.to_string()),
-                Err(_) => {}
+            let sample = written.is_ok().then(|| room.applied());
+            busy.ends(began, sample.map(|sample| sample.took), of.parts.clock.now());
+            match (&written, sample) {
+                (Ok(()), Some(sample)) => open.learn(&of, sample),
+                (Err(error), _) if error.is_retryable() => open.broke(&of, &error.to_string()),
+                (Ok(()) | Err(_), _) => {}
             }
             written
         }
