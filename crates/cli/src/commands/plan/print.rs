@@ -48,7 +48,7 @@ pub fn text(about: &About<'_>, answer: &Answer) -> String {
         let Some(matched) = matched else { continue };
         let _ = writeln!(
             out,
-            "by means:   a {} node computes {:.2} prompts/s, or decodes {:.2} answers/s ({} at once, {:.1} ms per step, bound by {:?})",
+            "by means:   one {} node computes {:.2} prompts/s, or decodes {:.2} answers/s ({} at once, {:.1} ms per step, bound by {:?})",
             class.name,
             matched.prefill_rate,
             matched.decode_rate,
