@@ -51,6 +51,7 @@ fn profile() -> Profile {
         request_overhead_s: 0.002,
         startup_s: 1.0,
         role_change_s: 0.3,
+        drain_s: 0.1,
         residuals: Vec::new(),
         error_bars: Vec::new(),
     }

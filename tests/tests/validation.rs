@@ -68,6 +68,7 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
         "request_overhead_s",
         "startup_s",
         "role_change_s",
+        "drain_s",
         "kv_capacity_tokens",
         "handover_fixed_s",
     ] {

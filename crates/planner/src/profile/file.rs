@@ -134,6 +134,8 @@ pub struct Profile {
     pub startup_s: f64,
     /// From the order to change the role until it takes work again, without draining, seconds.
     pub role_change_s: f64,
+    /// From the order to leave until an empty node's process has ended, seconds.
+    pub drain_s: f64,
     /// How far measurements were from the tables.
     pub residuals: Vec<Residual>,
     /// How far plans were from clusters.
@@ -266,6 +268,7 @@ impl Profile {
             ("request_overhead_s", self.request_overhead_s),
             ("startup_s", self.startup_s),
             ("role_change_s", self.role_change_s),
+            ("drain_s", self.drain_s),
         ];
         if let Some((field, _)) = times.iter().find(|(_, s)| !s.is_finite() || *s < 0.0) {
             return Err(wrong(field, "must be seconds of at least 0"));

@@ -37,6 +37,8 @@ pub struct NodeModel {
     pub startup_s: f64,
     /// From being empty in one role until it takes work in the other, seconds.
     pub role_change_s: f64,
+    /// From being empty until it is paid no more, seconds.
+    pub drain_s: f64,
     prefill: Grid,
     decode: Grid,
     mixed_saves_s: f64,
@@ -61,6 +63,7 @@ impl NodeModel {
             request_overhead_s: profile.request_overhead_s,
             startup_s: profile.startup_s,
             role_change_s: profile.role_change_s,
+            drain_s: profile.drain_s,
             prefill: profile.prefill.clone(),
             decode: profile.decode.clone(),
             mixed_saves_s: profile.mixed_saves_s,

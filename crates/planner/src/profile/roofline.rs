@@ -99,6 +99,7 @@ pub fn estimate(gpu: &Gpu, shape: &Shape) -> Result<Profile, ProfileError> {
         // Assumed: weights from local disks at 2 GB/s, and 20 s for the process.
         startup_s: 20.0 + weight_bytes / 2e9,
         role_change_s: 1.0,
+        drain_s: 1.0,
         residuals: Vec::new(),
         error_bars: Vec::new(),
     })

@@ -193,7 +193,8 @@ impl Cluster<'_> {
                         self.comes(node, self.engines[node].model.role_change_s);
                     }
                     None => {
-                        self.lives[node].goes(self.events.now);
+                        let ends = self.events.now + Nanos::from_seconds(self.engines[node].model.drain_s);
+                        self.lives[node].goes(ends);
                         self.forget(node as u32);
                     }
                 }

@@ -35,6 +35,7 @@ pub fn plain(step_s: f64) -> Profile {
         request_overhead_s: 0.0,
         startup_s: 0.0,
         role_change_s: 0.0,
+        drain_s: 0.0,
         residuals: Vec::new(),
         error_bars: Vec::new(),
     }

@@ -166,6 +166,7 @@ impl Profile {
             request_overhead_s: live.request_overhead_s,
             startup_s: live.startup_s,
             role_change_s: live.role_change_s,
+            drain_s: live.drain_s,
             residuals: steps.tables.residuals,
             error_bars: Vec::new(),
         }
@@ -257,7 +258,7 @@ fn told(profile: &ProfileFile, out: &str) -> String {
     format!(
         "{}\n  chunk of {} tokens    {:.1} ms{}\n  decode step, 1 of 256 {:.2} ms{}\n  decode step, 8 of 4096 {:.2} ms{}\n  \
          both in one step save {:.2} ms\n  hand-over by {path}    {:.1} MB in {:.2} ms, then {:.2} ms\n  request overhead      {:.2} ms\n  \
-         KV capacity           {} tokens\n  start {:.1} s, change of role {:.2} s\n  off the tables, between points: {}\nwritten to {out}",
+         KV capacity           {} tokens\n  start {:.1} s, change of role {:.2} s, end of an empty node {:.2} s\n  off the tables, between points: {}\nwritten to {out}",
         profile.name,
         profile.chunk_tokens,
         at(&profile.prefill, f64::from(profile.chunk_tokens), 0.0),
@@ -274,6 +275,7 @@ fn told(profile: &ProfileFile, out: &str) -> String {
         profile.kv_capacity_tokens,
         profile.startup_s,
         profile.role_change_s,
+        profile.drain_s,
         residuals.join(", ")
     )
 }

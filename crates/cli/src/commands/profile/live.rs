@@ -8,7 +8,7 @@ use baton_load::{BatonTarget, Observed, Planned, Prompt, Prompts, Target};
 use baton_node_runtime::Supervisor;
 use baton_planner::profile::{Grid, HandoverPath};
 use baton_proto::v1::admin_client::AdminClient;
-use baton_proto::v1::{ClusterStatusRequest, NodeRole, NodeStatus, SetRoleRequest};
+use baton_proto::v1::{ClusterStatusRequest, DrainRequest, NodeRole, NodeStatus, SetRoleRequest};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
@@ -19,7 +19,7 @@ const OUTPUT: u32 = 12;
 const LONG: u32 = 1024;
 /// What the coordinator adds shows in prompts up to this length: in longer ones it drowns in the noise of computing.
 const SHORT: u32 = 256;
-/// How long a change of role may take.
+/// How long a change of role, or an empty node's end, may take.
 const ROLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What was measured.
@@ -32,6 +32,7 @@ pub struct Live {
     pub request_overhead_s: f64,
     pub startup_s: f64,
     pub role_change_s: f64,
+    pub drain_s: f64,
     /// Gaps of the probes' decoding, and how many probes there were.
     pub probes: usize,
 }
@@ -101,6 +102,7 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         }
     }
     let role_change_s = change_role(&channel, &nodes).await?;
+    let drain_s = drain(&channel, &nodes).await?;
     Ok(Live {
         model,
         kv_capacity_tokens: u64::from(blocks) * u64::from(probes.block_tokens),
@@ -110,6 +112,7 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         request_overhead_s: median(overheads).max(0.0),
         startup_s,
         role_change_s,
+        drain_s,
         probes: count,
     })
 }
@@ -165,13 +168,14 @@ async fn status(channel: &Channel) -> Result<Vec<NodeStatus>> {
     Ok(answer.into_inner().nodes)
 }
 
+fn of_role(nodes: &[NodeStatus], role: NodeRole) -> Result<&NodeStatus> {
+    let node = nodes.iter().find(|node| node.role == i32::from(role));
+    node.with_context(|| format!("the pair has no {role:?} node"))
+}
+
 /// The idle prefill node becomes a decode node: from the order until it is ready.
 async fn change_role(channel: &Channel, nodes: &[NodeStatus]) -> Result<f64> {
-    let is = |node: &&NodeStatus, role: NodeRole| node.role == i32::from(role);
-    let node = nodes
-        .iter()
-        .find(|node| is(node, NodeRole::Prefill))
-        .context("no prefill node")?;
+    let node = of_role(nodes, NodeRole::Prefill)?;
     let request = SetRoleRequest {
         node_id: node.node_id.clone(),
         role: NodeRole::Decode.into(),
@@ -182,12 +186,32 @@ async fn change_role(channel: &Channel, nodes: &[NodeStatus]) -> Result<f64> {
     let answer = AdminClient::new(channel.clone()).set_role(request).await;
     answer.map_err(|status| anyhow!("the change of role: {}", status.message()))?;
     while begun.elapsed() < ROLE_LIMIT {
-        let changed =
-            |now: &NodeStatus| now.node_id == node.node_id && now.state == "ready" && is(&now, NodeRole::Decode);
+        let decodes = |now: &NodeStatus| now.state == "ready" && now.role == i32::from(NodeRole::Decode);
+        let changed = |now: &NodeStatus| now.node_id == node.node_id && decodes(now);
         if status(channel).await?.iter().any(changed) {
             return Ok(begun.elapsed().as_secs_f64());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     bail!("{} was not ready in its new role after {ROLE_LIMIT:?}", node.node_id)
+}
+
+/// The idle node that decoded from the start leaves, where the other one decodes now: from the order until it is gone.
+async fn drain(channel: &Channel, nodes: &[NodeStatus]) -> Result<f64> {
+    let node = of_role(nodes, NodeRole::Decode)?;
+    let request = DrainRequest {
+        node_id: node.node_id.clone(),
+        deadline_ms: None,
+    };
+    eprintln!("baton: draining {}", node.node_id);
+    let begun = Instant::now();
+    let answer = AdminClient::new(channel.clone()).drain(request).await;
+    answer.map_err(|status| anyhow!("the drain: {}", status.message()))?;
+    while begun.elapsed() < ROLE_LIMIT {
+        if status(channel).await?.iter().all(|now| now.node_id != node.node_id) {
+            return Ok(begun.elapsed().as_secs_f64());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bail!("{} was still there after {ROLE_LIMIT:?}", node.node_id)
 }

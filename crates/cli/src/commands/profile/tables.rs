@@ -45,7 +45,7 @@ impl Points {
         Self {
             new: up_to(&[1, 16, 64, 128], chunk),
             context: up_to(&[0, 256, 1024, 2048, 4096], longest - chunk),
-            batch: up_to(&[1, 2, 4, 8, 16, 32, 64, 128], batch),
+            batch: up_to(&[1, 2, 4, 8, 16, 32, 64, 128], batch.min(blocks)),
             total: up_to(&[1, 256, 1024, 2048, 4096, 8192, 16384], blocks * BLOCK_TOKENS),
             longest,
             blocks,
@@ -257,11 +257,20 @@ mod tests {
             points.can_be(2, 510) && !points.can_be(2, 511),
             "longer than the model takes"
         );
-        let points = Points::new(64, 1024, 33, 4, 1);
+        let narrow = Points::new(64, 1024, 33, 4, 1);
         assert!(
-            points.can_be(4, 512) && !points.can_be(4, 513),
+            narrow.can_be(4, 512) && !narrow.can_be(4, 513),
             "a block of a sequence is its own"
         );
+        let few = Points::new(64, 1024, 130, 256, 1);
+        assert_eq!(few.batch.last(), Some(&130), "more sequences than blocks never run");
+        for batch in &few.batch {
+            let steps = few.decode();
+            assert!(
+                steps.iter().any(|step| step.2 == *batch),
+                "nothing is measured of {batch}"
+            );
+        }
         let steps = [(0, 0, 1, 1), (0, 0, 2, 256)];
         let grid = decode_grid(&points, &steps, &[1.0, 2.0]);
         assert_eq!(grid.seconds, [vec![1.0; 3], vec![2.0; 3]]);
