@@ -134,7 +134,7 @@ pub struct Profile {
     pub startup_s: f64,
     /// From the order to change the role until it takes work again, without draining, seconds.
     pub role_change_s: f64,
-    /// From the order to leave until an empty node's process has ended, seconds.
+    /// From the order to leave until an empty node is no member any more, seconds.
     pub drain_s: f64,
     /// How far measurements were from the tables.
     pub residuals: Vec<Residual>,
