@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How near plans are to a cluster on this machine: profiles it, predicts, keeps the predictions, replays, and writes the table
-# for docs/planner.md. Takes almost two hours (DIVISIONS=1+1:local: 25 minutes); nothing else should run meanwhile.
+# for docs/planner.md. Takes 75 minutes (DIVISIONS=1+1:local: 25); nothing else should run meanwhile.
 #
 #   bench/validate.sh MODEL TRACE [FOLDER]
 #
