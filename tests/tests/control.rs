@@ -1,7 +1,7 @@
 //! The controller in a live cluster: what it advises, who leads, and that a change of roles under load costs no answer.
 
 use anyhow::{Context, Result, ensure};
-use baton_planner::profile::{FORMAT_VERSION, Grid, HandoverPath, Kind, ModelShape, Profile};
+use baton_planner::profile::{FORMAT_VERSION, Grid, HandoverPath, HandoverTail, Kind, ModelShape, Profile};
 use baton_proto::v1;
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::inference_client::InferenceClient;
@@ -46,7 +46,7 @@ fn profile() -> Profile {
             bytes: vec![0.0, 1e12],
             seconds: vec![0.001, 1.0],
         }],
-        handover_fixed_s: 0.001,
+        handover_tail: HandoverTail::always(0.001),
         contended: None,
         request_overhead_s: 0.002,
         startup_s: 1.0,

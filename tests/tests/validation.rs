@@ -70,7 +70,6 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
         "role_change_s",
         "drain_s",
         "kv_capacity_tokens",
-        "handover_fixed_s",
     ] {
         assert!(above_zero(&profile[field]), "{field}: {}", profile[field]);
     }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The only format that is read and written.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Where a profile's figures come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +59,27 @@ pub struct Steps {
     pub prefill: Grid,
     /// As [`Profile::decode`], at the same points.
     pub decode: Grid,
+}
+
+/// What hand-overs add to the gap between the first token and the second one: seconds, rising, each for as many hand-overs as the
+/// others. It goes by while what is left is sent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandoverTail {
+    /// Where the prefill node has nothing else to do.
+    pub idle: Vec<f64>,
+    /// Where it goes on with other prompts.
+    pub busy: Vec<f64>,
+}
+
+impl HandoverTail {
+    /// The same for all.
+    pub fn always(seconds: f64) -> Self {
+        Self {
+            idle: vec![seconds],
+            busy: vec![seconds],
+        }
+    }
 }
 
 /// How far measurements were from what the profile says, relative.
@@ -121,9 +142,8 @@ pub struct Profile {
     pub mixed_saves_s: f64,
     /// Ways to hand KV over, the preferred first.
     pub handover: Vec<HandoverPath>,
-    /// What every hand-over adds behind its last byte until the decode node can go on, seconds.
-    #[serde(default)]
-    pub handover_fixed_s: f64,
+    /// What hand-overs add to the first gap.
+    pub handover_tail: HandoverTail,
     /// Where nodes share a machine: the steps beside a neighbour that computes all the time. What is in `prefill` and `decode` was
     /// measured alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -264,7 +284,6 @@ impl Profile {
         }
         let times = [
             ("mixed_saves_s", self.mixed_saves_s),
-            ("handover_fixed_s", self.handover_fixed_s),
             ("request_overhead_s", self.request_overhead_s),
             ("startup_s", self.startup_s),
             ("role_change_s", self.role_change_s),
@@ -272,6 +291,15 @@ impl Profile {
         ];
         if let Some((field, _)) = times.iter().find(|(_, s)| !s.is_finite() || *s < 0.0) {
             return Err(wrong(field, "must be seconds of at least 0"));
+        }
+        for (field, parts) in [
+            ("handover_tail.idle", &self.handover_tail.idle),
+            ("handover_tail.busy", &self.handover_tail.busy),
+        ] {
+            let times = parts.iter().all(|s| s.is_finite() && *s >= 0.0);
+            if parts.is_empty() || !times || !parts.is_sorted() {
+                return Err(wrong(field, "must be one or more seconds of at least 0, rising"));
+            }
         }
         if self.handover.is_empty() {
             return Err(wrong("handover", "names no path"));

@@ -61,6 +61,11 @@ impl Grid {
         Ok(low + (row(i + 1) - low) * across)
     }
 
+    /// Makes all of it so many times as long.
+    pub fn scale(&mut self, times: f64) {
+        self.seconds.iter_mut().flatten().for_each(|seconds| *seconds *= times);
+    }
+
     /// A step that goes for these shares of its time as fast as in other grids of the same points, and otherwise as in this one.
     pub(super) fn mixed_with(&self, others: [(&Self, f64); 2]) -> Self {
         let rest = 1.0 - others.iter().map(|(_, share)| share).sum::<f64>();

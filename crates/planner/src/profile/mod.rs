@@ -11,7 +11,8 @@ mod row;
 
 pub use error::{OutOfRange, ProfileError};
 pub use file::{
-    Contended, Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, Kind, ModelShape, Profile, Residual, Steps,
+    Contended, Coverage, ErrorBar, FORMAT_VERSION, HandoverPath, HandoverTail, Kind, ModelShape, Profile, Residual,
+    Steps,
 };
 pub use gpus::{GPUS, Gpu, gpu};
 pub use grid::Grid;

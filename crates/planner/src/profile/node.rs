@@ -1,6 +1,6 @@
 //! A profile made ready to be asked often.
 
-use super::{Contended, DecodeRow, Grid, OutOfRange, Profile, grid};
+use super::{Contended, DecodeRow, Grid, HandoverTail, OutOfRange, Profile, grid};
 
 const PREFILL: [&str; 2] = ["prefill.new_tokens", "prefill.context_tokens"];
 const DECODE_CONTEXT: &str = "decode.total_context_tokens";
@@ -29,8 +29,6 @@ pub struct NodeModel {
     pub block_bytes: u64,
     /// Layers.
     pub layers: u32,
-    /// What a hand-over adds behind its last byte, seconds.
-    pub handover_fixed_s: f64,
     /// Added to a first token, seconds.
     pub request_overhead_s: f64,
     /// From its start until it takes work, seconds.
@@ -43,6 +41,7 @@ pub struct NodeModel {
     decode: Grid,
     mixed_saves_s: f64,
     handover: Grid,
+    handover_tail: HandoverTail,
 }
 
 impl NodeModel {
@@ -59,7 +58,7 @@ impl NodeModel {
             prefill_running_max: profile.prefill_running_max,
             block_bytes: u64::from(profile.block_tokens) * profile.model.kv_bytes_per_token,
             layers: profile.model.layers,
-            handover_fixed_s: profile.handover_fixed_s,
+            handover_tail: profile.handover_tail.clone(),
             request_overhead_s: profile.request_overhead_s,
             startup_s: profile.startup_s,
             role_change_s: profile.role_change_s,
@@ -131,6 +130,18 @@ impl NodeModel {
     /// Outside the profile.
     pub fn handover(&self, bytes: u64) -> Result<f64, OutOfRange> {
         self.handover.at(bytes as f64, 0.0, ["handover.bytes", "handover"])
+    }
+
+    /// Seconds that a request's hand-over adds to its first gap, whose prefill node goes on with other prompts or not. Which of the
+    /// profile's times it is depends on the request alone.
+    pub fn handover_tail(&self, request: u32, busy: bool) -> f64 {
+        let parts = match busy {
+            true => &self.handover_tail.busy,
+            false => &self.handover_tail.idle,
+        };
+        // Fibonacci hashing: neighbours are far apart.
+        let hash = request.wrapping_mul(0x9E37_79B1);
+        parts[(u64::from(hash) * parts.len() as u64 >> 32) as usize]
     }
 
     /// Tokens of a prompt and its answer that the profile covers in any case.

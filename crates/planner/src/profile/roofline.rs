@@ -2,7 +2,7 @@
 //! Source of the model: Williams, Waterman and Patterson, *Roofline*, 2009.
 
 use super::models::Shape;
-use super::{FORMAT_VERSION, Gpu, Grid, HandoverPath, Kind, ModelShape, Profile, ProfileError};
+use super::{FORMAT_VERSION, Gpu, Grid, HandoverPath, HandoverTail, Kind, ModelShape, Profile, ProfileError};
 
 /// Share of peak operations that large matrix products are assumed to reach.
 const COMPUTE_EFFICIENCY: f64 = 0.5;
@@ -93,7 +93,7 @@ pub fn estimate(gpu: &Gpu, shape: &Shape) -> Result<Profile, ProfileError> {
             bytes: sizes.to_vec(),
             seconds: sizes.map(|bytes| to_nanos(PUSH_OVERHEAD_S + bytes / network)).to_vec(),
         }],
-        handover_fixed_s: 0.0,
+        handover_tail: HandoverTail::always(0.0),
         contended: None,
         request_overhead_s: REQUEST_OVERHEAD_S,
         // Assumed: weights from local disks at 2 GB/s, and 20 s for the process.

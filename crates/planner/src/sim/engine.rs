@@ -232,6 +232,12 @@ impl Engine {
         }
     }
 
+    /// Whether it has prompts besides this one.
+    pub fn has_others(&self, request: u32) -> bool {
+        let mut all = self.running.iter().chain(&self.waiting).chain(&self.inbox);
+        all.any(|slot| slot.request != request)
+    }
+
     /// Blocks promised to sequences that gave way.
     pub fn owed(&self) -> u32 {
         let owed = self.waiting.iter().filter(|slot| slot.could_go_on());

@@ -12,6 +12,8 @@ use crate::slo::Metric;
 /// As decode nodes have it: tokens of one frame, and how long they wait for others of it.
 const FRAME_TOKENS: u32 = 8;
 const FRAME_TIME: Nanos = Nanos(20_000_000);
+/// Timers count whole milliseconds and round up: live frames that a timer ends are 20.8 ms apart.
+const TIMER_LATE: Nanos = Nanos(800_000);
 
 /// When each request's tokens came.
 #[derive(Debug, Default)]
@@ -67,16 +69,15 @@ impl TokenTimes {
     }
 }
 
-/// The frames of one request: when each is sent, and its tokens. `committed`: a decode node had it from then on, and repeats the
-/// first token then, which the client has already.
-fn frames(times: &[Nanos], committed: Option<Nanos>) -> Vec<(Nanos, u32)> {
-    let Some((first, later)) = times.split_first() else {
-        return Vec::new();
-    };
-    let mut frames = vec![(*first, 1)];
-    let (mut sent, mut waiting) = (committed.unwrap_or(*first).max(*first), 0);
+/// The frames of one request: when each is sent, and its tokens. Where it was handed over, the second token is the decode node's first,
+/// which waits for no others.
+fn frames(times: &[Nanos], handed_over: bool) -> Vec<(Nanos, u32)> {
+    let alone = if handed_over { 2 } else { 1 };
+    let (alone, later) = times.split_at(alone.min(times.len()));
+    let mut frames: Vec<(Nanos, u32)> = alone.iter().map(|at| (*at, 1)).collect();
+    let (mut sent, mut waiting) = (alone.last().copied().unwrap_or(Nanos::ZERO), 0);
     for (index, time) in later.iter().enumerate() {
-        let due = sent + FRAME_TIME;
+        let due = sent + FRAME_TIME + TIMER_LATE;
         if waiting > 0 && due < *time {
             frames.push((due, waiting));
             (sent, waiting) = (due, 0);
@@ -102,8 +103,8 @@ pub(super) fn reframe(outcome: &mut Outcome, cluster: &Cluster<'_>) {
     let times = &cluster.record.tokens.times;
     for ((served, times), journey) in outcome.requests.iter_mut().zip(times).zip(&cluster.journeys) {
         served.late_gaps = 0;
-        let committed = journey.committed.filter(|_| journey.prefill.is_some());
-        for pair in frames(times, committed).windows(2) {
+        let handed_over = journey.committed && journey.prefill.is_some();
+        for pair in frames(times, handed_over).windows(2) {
             let ((before, _), (at, tokens)) = (pair[0], pair[1]);
             let gap = (at - before).seconds() / f64::from(tokens);
             itl.add(gap, u64::from(tokens));
@@ -130,16 +131,17 @@ mod tests {
 
     #[test]
     fn tokens_wait_for_others_of_their_frame_as_live_ones_do() {
-        // Steps of 8 ms on one node: what comes within 20 ms of a frame waits for its end.
-        let local = frames(&at(&[100, 108, 116, 124, 132, 140, 148]), None);
-        assert_eq!(ms(&local), [(100, 1), (120, 2), (140, 3), (148, 1)]);
-        // Handed over: the second node's frames begin with the repeat at the commit.
-        let handed = frames(&at(&[100, 113, 121, 129]), Some(Nanos(105_000_000)));
-        assert_eq!(ms(&handed), [(100, 1), (125, 2), (129, 1)]);
+        // Steps of 8 ms on one node: what comes within 20 ms of a frame waits for its end, which a timer tells a little late.
+        let local = frames(&at(&[100, 108, 116, 124, 132, 140, 148]), false);
+        assert_eq!(ms(&local), [(100, 1), (120, 2), (141, 3), (148, 1)]);
+        // Handed over: the first token of the second node goes at once.
+        let handed = frames(&at(&[100, 113, 121, 129, 137]), true);
+        assert_eq!(ms(&handed), [(100, 1), (113, 1), (133, 2), (137, 1)]);
+        assert_eq!(ms(&frames(&at(&[100]), true)), [(100, 1)]);
         // Slow steps are not held up, fast ones fill frames of eight.
-        assert_eq!(ms(&frames(&at(&[0, 30, 60]), None)), [(0, 1), (30, 1), (60, 1)]);
+        assert_eq!(ms(&frames(&at(&[0, 30, 60]), false)), [(0, 1), (30, 1), (60, 1)]);
         let fast: Vec<u64> = (0..=9).collect();
-        assert_eq!(ms(&frames(&at(&fast), None)), [(0, 1), (8, 8), (9, 1)]);
-        assert!(frames(&[], None).is_empty());
+        assert_eq!(ms(&frames(&at(&fast), false)), [(0, 1), (8, 8), (9, 1)]);
+        assert!(frames(&[], false).is_empty());
     }
 }

@@ -145,8 +145,11 @@ impl Cluster<'_> {
             return self.grants(decode);
         }
         self.push(request, known, true)?;
-        let fixed = Nanos::from_seconds(self.engines[decode as usize].model.handover_fixed_s);
-        let ends = self.journeys[request as usize].pushed_until.max(now) + fixed;
+        let busy = prefill.is_some_and(|prefill| self.engines[prefill as usize].has_others(request));
+        let tail = self.engines[decode as usize].model.handover_tail(request, busy);
+        let ends = self.journeys[request as usize]
+            .pushed_until
+            .max(now + Nanos::from_seconds(tail));
         self.events.at(ends, Event::HandedOver { request, attempt });
         Ok(())
     }
@@ -178,7 +181,7 @@ impl Cluster<'_> {
         let (p, d) = (Instance(u64::from(prefill) + 1), Instance(u64::from(decode) + 1));
         self.handovers
             .handed_over(p, d, journey.tokens_handed, exposed.duration());
-        journey.committed = Some(now);
+        journey.committed = true;
         let sending = journey.sending.take();
         let reserved = journey.reserved.take();
         journey.started = true;

@@ -46,8 +46,8 @@ pub(super) struct Journey {
     pub deaths: u32,
     /// Where it is moved to.
     pub moving: Option<Moving>,
-    /// When the decode node had all of it.
-    pub committed: Option<Nanos>,
+    /// The decode node had all of it.
+    pub committed: bool,
     pub started: bool,
     pub fate: Option<super::outcome::Fate>,
 }

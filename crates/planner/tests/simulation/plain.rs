@@ -1,6 +1,6 @@
 //! Profiles as simple as the truths that are tested with them.
 
-use baton_planner::profile::{FORMAT_VERSION, Grid, HandoverPath, Kind, ModelShape, NodeModel, Profile};
+use baton_planner::profile::{FORMAT_VERSION, Grid, HandoverPath, HandoverTail, Kind, ModelShape, NodeModel, Profile};
 use std::sync::Arc;
 
 /// Prefill takes a millisecond per token and decoding `step_s` whatever the batch; hand-overs take next to nothing.
@@ -30,7 +30,7 @@ pub fn plain(step_s: f64) -> Profile {
             bytes: vec![0.0, 1e12],
             seconds: vec![0.0, 1e-3],
         }],
-        handover_fixed_s: 0.0,
+        handover_tail: HandoverTail::always(0.0),
         contended: None,
         request_overhead_s: 0.0,
         startup_s: 0.0,

@@ -2,7 +2,7 @@
 //! means hide what percentiles miss.
 
 use crate::plain::{node, plain};
-use baton_planner::profile::{NodeModel, estimate, gpu, model};
+use baton_planner::profile::{HandoverTail, NodeModel, estimate, gpu, model};
 use baton_planner::search::RateMatch;
 use baton_planner::sim::{Outcome, SimOptions, simulate};
 use baton_planner::slo::{Metric, Slo};
@@ -61,6 +61,29 @@ fn m_g_1_waits_as_long_as_pollaczek_and_khinchine_say() {
     let expected = rate * second / (2.0 * (1.0 - rate * first));
     let mean = stats::mean(&waits(law, rate, 13));
     assert!(mean.contains(expected), "{mean:?}, expected {expected}");
+}
+
+#[test]
+fn a_hand_over_makes_the_first_gap_longer_and_more_so_where_its_prefill_node_goes_on() {
+    let generator = Generator {
+        requests: 2,
+        arrivals: Arrivals::Even(10.0),
+        inputs: Lengths::Constant(1000),
+        outputs: Lengths::Constant(2),
+    };
+    let mut profile = plain(0.01);
+    profile.handover_tail = HandoverTail {
+        idle: vec![0.002],
+        busy: vec![0.03],
+    };
+    let outcome = simulate(
+        &generator.draw(1),
+        &SimOptions::new(&node(&profile), 1, 1, Slo::default()),
+    )
+    .unwrap();
+    let gaps: Vec<f64> = outcome.requests.iter().map(|r| r.tpot().unwrap().seconds()).collect();
+    let near = |gap: f64, wanted: f64| (gap - wanted).abs() < 1e-6;
+    assert!(near(gaps[0], 0.04) && near(gaps[1], 0.012), "{gaps:?}");
 }
 
 fn h100() -> Arc<NodeModel> {

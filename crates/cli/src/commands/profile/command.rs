@@ -83,6 +83,8 @@ impl Profile {
             chunk_tokens: CHUNK_TOKENS,
             block_tokens: BLOCK_TOKENS,
             prefill: &steps.tables.prefill,
+            decode: &steps.tables.decode,
+            decode_beside: steps.tables.contended.as_ref().map(|c| &c.prefilling.decode),
         };
         let live = live::measure(&self.pair(model), &probes).await?;
         let profile = self.profile(steps, live);
@@ -125,7 +127,19 @@ impl Profile {
         }
     }
 
-    fn profile(&self, steps: Measured, live: Live) -> ProfileFile {
+    fn profile(&self, mut steps: Measured, live: Live) -> ProfileFile {
+        let slower = live.slower;
+        if [slower.prefill, slower.decode, slower.decode_beside]
+            .iter()
+            .any(|times| !(0.8..1.5).contains(times))
+        {
+            eprintln!(
+                "baton: steps of live nodes took {:.2} (prompts), {:.2} and {:.2} (decoding, alone and beside prompts) times as long as \
+                 those of the engine alone; more than 1.5 or less than 0.8 means that something else ran, measure again",
+                slower.prefill, slower.decode, slower.decode_beside
+            );
+        }
+        steps.tables.scale(slower);
         let beside = match &steps.tables.contended {
             Some(_) => "alone, and beside a neighbour that computes prompts, or decodes, all the time",
             None => "alone",
@@ -139,6 +153,10 @@ impl Profile {
             format!(
                 "hand-overs, overhead: up to {} requests one by one through a live pair",
                 live.probes
+            ),
+            format!(
+                "steps are scaled to those of the live pair: prompts {:.3}, decoding {:.3}, decoding beside prompts {:.3}",
+                slower.prefill, slower.decode, slower.decode_beside
             ),
         ];
         ProfileFile {
@@ -161,7 +179,7 @@ impl Profile {
             decode: steps.tables.decode,
             mixed_saves_s: steps.tables.mixed_saves_s,
             handover: live.handover,
-            handover_fixed_s: live.handover_fixed_s,
+            handover_tail: live.handover_tail,
             contended: steps.tables.contended,
             request_overhead_s: live.request_overhead_s,
             startup_s: live.startup_s,
@@ -247,6 +265,7 @@ fn told(profile: &ProfileFile, out: &str) -> String {
             format!(" ({prefilling:.1} beside a node that prefills, {decoding:.1} beside one that decodes)")
         })
     };
+    let middle = |parts: &[f64]| parts.get(parts.len() / 2).copied().unwrap_or(0.0);
     let path = profile.handover.first();
     let bytes = path.and_then(|path| Some((path.path.clone(), *path.bytes.last()?, *path.seconds.last()?)));
     let (path, bytes, seconds) = bytes.unwrap_or_default();
@@ -257,7 +276,7 @@ fn told(profile: &ProfileFile, out: &str) -> String {
         .collect();
     format!(
         "{}\n  chunk of {} tokens    {:.1} ms{}\n  decode step, 1 of 256 {:.2} ms{}\n  decode step, 8 of 4096 {:.2} ms{}\n  \
-         both in one step save {:.2} ms\n  hand-over by {path}    {:.1} MB in {:.2} ms, then {:.2} ms\n  request overhead      {:.2} ms\n  \
+         both in one step save {:.2} ms\n  hand-over by {path}    {:.1} MB in {:.2} ms; the first gap is {:.2} ms longer ({:.2} where the prefill node goes on)\n  request overhead      {:.2} ms\n  \
          KV capacity           {} tokens\n  start {:.1} s, change of role {:.2} s, end of an empty node {:.2} s\n  off the tables, between points: {}\nwritten to {out}",
         profile.name,
         profile.chunk_tokens,
@@ -270,7 +289,8 @@ fn told(profile: &ProfileFile, out: &str) -> String {
         profile.mixed_saves_s * 1e3,
         bytes / 1e6,
         seconds * 1e3,
-        profile.handover_fixed_s * 1e3,
+        middle(&profile.handover_tail.idle) * 1e3,
+        middle(&profile.handover_tail.busy) * 1e3,
         profile.request_overhead_s * 1e3,
         profile.kv_capacity_tokens,
         profile.startup_s,

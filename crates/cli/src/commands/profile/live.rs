@@ -1,12 +1,13 @@
-//! What only a pair of live nodes shows: hand-overs, what the coordinator and the network add, KV capacity, start and change of role.
-//! Requests go one by one, so nothing queues.
+//! What only a pair of live nodes shows: hand-overs, what the coordinator and the network add, KV capacity, start and change of role,
+//! and how much longer the steps of nodes take than those of an engine by itself: nodes send, receive and answer meanwhile. Requests
+//! go one by one, so nothing queues; then once more while the prefill node computes other prompts all the time.
 
 use super::tables::median;
 use crate::cluster::{Cluster, ClusterOptions};
 use anyhow::{Context, Result, anyhow, bail};
 use baton_load::{BatonTarget, Observed, Planned, Prompt, Prompts, Target};
 use baton_node_runtime::Supervisor;
-use baton_planner::profile::{Grid, HandoverPath};
+use baton_planner::profile::{Grid, HandoverPath, HandoverTail};
 use baton_proto::v1::admin_client::AdminClient;
 use baton_proto::v1::{ClusterStatusRequest, DrainRequest, NodeRole, NodeStatus, SetRoleRequest};
 use std::collections::BTreeMap;
@@ -15,6 +16,12 @@ use tonic::transport::Channel;
 
 /// Tokens of each probe's answer.
 const OUTPUT: u32 = 12;
+/// Probes beside a busy prefill node, for each time that a point is measured: enough of them to tell the tail of hand-overs.
+const BUSY_PROBES: usize = 20;
+/// What keeps the prefill node busy.
+const BUSY_PROMPT: u32 = 1024;
+/// Even parts of the hand-overs, by what they add to the first gap.
+const TAIL_PARTS: usize = 20;
 /// Longer prompts are not measured more than twice: they take seconds, and only their hand-over is of interest.
 const LONG: u32 = 1024;
 /// What the coordinator adds shows in prompts up to this length: in longer ones it drowns in the noise of computing.
@@ -28,7 +35,8 @@ pub struct Live {
     pub kv_capacity_tokens: u64,
     pub queue_max: u32,
     pub handover: Vec<HandoverPath>,
-    pub handover_fixed_s: f64,
+    pub handover_tail: HandoverTail,
+    pub slower: Slower,
     pub request_overhead_s: f64,
     pub startup_s: f64,
     pub role_change_s: f64,
@@ -37,13 +45,64 @@ pub struct Live {
     pub probes: usize,
 }
 
-/// Prompts of the probes, and what a prompt's steps take by the tables.
+/// Prompts of the probes, and what steps take by the tables.
 pub struct Probes<'a> {
     pub lengths: Vec<u32>,
     pub repeat: usize,
     pub chunk_tokens: u32,
     pub block_tokens: u32,
     pub prefill: &'a Grid,
+    pub decode: &'a Grid,
+    /// Decoding beside a node that prefills, where that was measured.
+    pub decode_beside: Option<&'a Grid>,
+}
+
+/// How many times as long as by the tables the steps of live nodes take, at the median.
+#[derive(Debug, Clone, Copy)]
+pub struct Slower {
+    pub prefill: f64,
+    pub decode: f64,
+    /// Decoding while the prefill node computes.
+    pub decode_beside: f64,
+}
+
+/// What the probes said.
+#[derive(Default)]
+struct Said {
+    sizes: BTreeMap<String, BTreeMap<u64, Vec<f64>>>,
+    overheads: Vec<f64>,
+    tails: Vec<f64>,
+    prefill: Vec<f64>,
+    decode: Vec<f64>,
+}
+
+impl Said {
+    fn add(&mut self, probes: &Probes<'_>, decode: &Grid, length: u32, observed: &Observed) -> Result<()> {
+        let timeline = observed.timeline.clone().unwrap_or_default();
+        let seconds = |us: u64| us as f64 / 1e6;
+        let computing = seconds(timeline.prefill_us);
+        if length <= SHORT {
+            let ttft = observed.ttft().unwrap_or_default().as_secs_f64();
+            self.overheads.push(ttft - computing);
+        }
+        self.prefill.push(computing / prompt_seconds(probes, length)?);
+        // The first token is the prefill node's, the second one comes by itself: from then on it is only steps.
+        let [first, second, later @ .., last] = &observed.frames[..] else {
+            return Ok(());
+        };
+        let count = later.iter().map(|frame| frame.tokens).sum::<u32>() + last.tokens;
+        let step = last.at.saturating_sub(second.at).as_secs_f64() / f64::from(count);
+        let by_table = decode.at(1.0, f64::from(length + OUTPUT / 2), ["batch", "context"])?;
+        self.decode.push(step / by_table);
+        if timeline.handover_bytes_per_second > 0 {
+            let gap = second.at.saturating_sub(first.at).as_secs_f64();
+            self.tails.push(gap - step * f64::from(second.tokens));
+            let took = timeline.handover_bytes as f64 / timeline.handover_bytes_per_second as f64;
+            let path = self.sizes.entry(timeline.handover_path).or_default();
+            path.entry(timeline.handover_bytes).or_default().push(took);
+        }
+        Ok(())
+    }
 }
 
 /// Starts a pair, measures it, and stops it.
@@ -75,41 +134,42 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         .min();
     let count = probes.lengths.len() * probes.repeat;
     eprintln!("baton: up to {count} requests one by one through the pair");
-    let mut sizes: BTreeMap<String, BTreeMap<u64, Vec<f64>>> = BTreeMap::new();
-    let (mut overheads, mut exposed) = (Vec::new(), Vec::new());
+    let mut alone = Said::default();
     for round in 0..=probes.repeat {
         for (index, length) in probes.lengths.iter().enumerate() {
             if round > 2 && *length > LONG {
                 continue;
             }
             let name = (round * probes.lengths.len() + index) as u64;
-            let observed = ask(&target, name, *length).await?;
-            let timeline = observed.timeline.clone().unwrap_or_default();
+            let observed = ask(&target, name, *length, OUTPUT).await?;
             // The first round only warms connections and caches.
-            if round == 0 {
-                continue;
-            }
-            let ttft = observed.ttft().unwrap_or_default().as_secs_f64();
-            if *length <= SHORT {
-                overheads.push(ttft - prompt_seconds(probes, *length)?);
-            }
-            if timeline.handover_bytes_per_second > 0 {
-                exposed.push(timeline.exposed_us as f64 / 1e6);
-                let seconds = timeline.handover_bytes as f64 / timeline.handover_bytes_per_second as f64;
-                let path = sizes.entry(timeline.handover_path).or_default();
-                path.entry(timeline.handover_bytes).or_default().push(seconds);
+            if round > 0 {
+                alone.add(probes, probes.decode, *length, &observed)?;
             }
         }
     }
+    let busy = beside_prompts(&target, probes).await?;
     let role_change_s = change_role(&channel, &nodes).await?;
     let drain_s = drain(&channel, &nodes).await?;
     Ok(Live {
         model,
         kv_capacity_tokens: u64::from(blocks) * u64::from(probes.block_tokens),
         queue_max: queue_max.unwrap_or(0).max(1),
-        handover: sizes.into_iter().map(|(path, sizes)| table(path, sizes)).collect(),
-        handover_fixed_s: median(exposed).max(0.0),
-        request_overhead_s: median(overheads).max(0.0),
+        slower: Slower {
+            prefill: median(alone.prefill),
+            decode: median(alone.decode),
+            decode_beside: median(busy.decode),
+        },
+        handover: alone
+            .sizes
+            .into_iter()
+            .map(|(path, sizes)| table(path, sizes))
+            .collect(),
+        handover_tail: HandoverTail {
+            idle: parts(alone.tails),
+            busy: parts(busy.tails),
+        },
+        request_overhead_s: median(alone.overheads).max(0.0),
         startup_s,
         role_change_s,
         drain_s,
@@ -117,7 +177,45 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
     })
 }
 
-async fn ask(target: &Target, name: u64, length: u32) -> Result<Observed> {
+/// Short prompts one by one, while the prefill node has long ones without end.
+async fn beside_prompts(target: &Target, probes: &Probes<'_>) -> Result<Said> {
+    let count = BUSY_PROBES * probes.repeat;
+    eprintln!("baton: {count} requests one by one, while the prefill node computes other prompts");
+    let lengths: Vec<u32> = probes.lengths.iter().copied().filter(|l| *l <= SHORT).collect();
+    let busy_prompt = BUSY_PROMPT.min(*probes.lengths.last().context("no length of a prompt can be measured")?);
+    let keeps_busy = async {
+        for name in 2_000_000.. {
+            ask(target, name, busy_prompt, 1).await?;
+        }
+        Ok(())
+    };
+    let asks = async {
+        let mut said = Said::default();
+        for (index, length) in lengths.iter().cycle().take(count).enumerate() {
+            let observed = ask(target, 1_000_000 + index as u64, *length, OUTPUT).await?;
+            said.add(
+                probes,
+                probes.decode_beside.unwrap_or(probes.decode),
+                *length,
+                &observed,
+            )?;
+        }
+        Ok(said)
+    };
+    tokio::select! {
+        ended = keeps_busy => ended.and_then(|()| bail!("the prompts that keep the prefill node busy ended")),
+        said = asks => said,
+    }
+}
+
+/// The middles of even parts of what was measured, rising.
+fn parts(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = |part: usize| values.get(values.len() * (2 * part + 1) / (2 * TAIL_PARTS));
+    (0..TAIL_PARTS).filter_map(middle).map(|value| value.max(0.0)).collect()
+}
+
+async fn ask(target: &Target, name: u64, length: u32, output: u32) -> Result<Observed> {
     let planned = Planned {
         at: Duration::ZERO,
         prompt: Prompt::Tokens(
@@ -127,7 +225,7 @@ async fn ask(target: &Target, name: u64, length: u32) -> Result<Observed> {
             }
             .alone(name, length),
         ),
-        output: OUTPUT,
+        output,
     };
     let observed = target.clone().send(planned, tokio::time::Instant::now()).await;
     match &observed.failure {
@@ -214,4 +312,14 @@ async fn drain(channel: &Channel, nodes: &[NodeStatus]) -> Result<f64> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     bail!("{} was still there after {ROLE_LIMIT:?}", node.node_id)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_tail_is_told_by_the_middles_of_even_parts() {
+        let parts = super::parts((0..100).rev().map(f64::from).collect());
+        assert_eq!((parts.len(), parts[0], parts[19]), (20, 2.0, 97.0));
+        assert_eq!(super::parts(vec![-1.0, 3.0])[..], [[0.0; 10], [3.0; 10]].concat()[..]);
+    }
 }

@@ -2,6 +2,7 @@
 //! (one sequence with more tokens than the model takes) is filled by a line through what its row measured.
 
 use super::engine::{BLOCK_TOKENS, Engine};
+use super::live::Slower;
 use super::neighbour::{Doing, Neighbour};
 use anyhow::{Result, ensure};
 use baton_planner::profile::{Contended, Grid, Residual, Steps};
@@ -29,6 +30,21 @@ pub struct Tables {
     pub contended: Option<Contended>,
     pub mixed_saves_s: f64,
     pub residuals: Vec<Residual>,
+}
+
+impl Tables {
+    /// Makes them those of live nodes.
+    pub fn scale(&mut self, slower: Slower) {
+        self.prefill.scale(slower.prefill);
+        self.decode.scale(slower.decode);
+        self.mixed_saves_s *= slower.decode;
+        if let Some(Contended { prefilling, decoding }) = &mut self.contended {
+            prefilling.prefill.scale(slower.prefill);
+            decoding.prefill.scale(slower.prefill);
+            prefilling.decode.scale(slower.decode_beside);
+            decoding.decode.scale(slower.decode);
+        }
+    }
 }
 
 /// A step: new tokens, context, batch, total.
