@@ -76,11 +76,7 @@ fn a_hand_over_makes_the_first_gap_longer_and_more_so_where_its_prefill_node_goe
         idle: vec![0.002],
         busy: vec![0.03],
     };
-    let outcome = simulate(
-        &generator.draw(1),
-        &SimOptions::new(&node(&profile), 1, 1, Slo::default()),
-    )
-    .unwrap();
+    let outcome = served(&generator.draw(1), &node(&profile), (1, 1), &Slo::default());
     let gaps: Vec<f64> = outcome.requests.iter().map(|r| r.tpot().unwrap().seconds()).collect();
     let near = |gap: f64, wanted: f64| (gap - wanted).abs() < 1e-6;
     assert!(near(gaps[0], 0.04) && near(gaps[1], 0.012), "{gaps:?}");
