@@ -141,7 +141,7 @@ impl NodeModel {
         };
         // Fibonacci hashing: neighbours are far apart.
         let hash = request.wrapping_mul(0x9E37_79B1);
-        parts[(u64::from(hash) * parts.len() as u64 >> 32) as usize]
+        parts[((u64::from(hash) * parts.len() as u64) >> 32) as usize]
     }
 
     /// Tokens of a prompt and its answer that the profile covers in any case.
