@@ -2,7 +2,7 @@
 
 use super::super::signals::{INTERRUPTED, unless_interrupted};
 use super::engine::{BLOCK_TOKENS, Engine};
-use super::live::{self, Live, Probes};
+use super::live::{self, Live, Probes, Slower};
 use super::neighbour::Neighbour;
 use super::tables::{self, Points, Tables};
 use crate::cluster::{ClusterOptions, Shape};
@@ -128,17 +128,8 @@ impl Profile {
     }
 
     fn profile(&self, mut steps: Measured, live: Live) -> ProfileFile {
-        let slower = live.slower;
-        if [slower.prefill, slower.decode, slower.decode_beside]
-            .iter()
-            .any(|times| !(0.8..1.5).contains(times))
-        {
-            eprintln!(
-                "baton: steps of live nodes took {:.2} (prompts), {:.2} and {:.2} (decoding, alone and beside prompts) times as long as \
-                 those of the engine alone; more than 1.5 or less than 0.8 means that something else ran, measure again",
-                slower.prefill, slower.decode, slower.decode_beside
-            );
-        }
+        let (slower, unsteady) = (live.slower, steps.tables.unsteady);
+        warn_of_noise(&steps.tables, slower);
         steps.tables.scale(slower);
         let beside = match &steps.tables.contended {
             Some(_) => "alone, and beside a neighbour that computes prompts, or decodes, all the time",
@@ -146,8 +137,10 @@ impl Profile {
         };
         let sources = vec![
             format!(
-                "steps: the engine in one process, {beside}; medians of {} in turns; {}",
-                self.repeat, steps.numerics
+                "steps: the engine in one process, {beside}; medians of {} rounds, the slowest {:.0}% slower than the fastest; {}",
+                self.repeat,
+                100.0 * unsteady,
+                steps.numerics
             ),
             "steps that no node can do (a sequence longer than the model takes): the line through their row".to_owned(),
             format!(
@@ -188,6 +181,27 @@ impl Profile {
             residuals: steps.tables.residuals,
             error_bars: Vec::new(),
         }
+    }
+}
+
+/// Figures that say by themselves that something else ran.
+fn warn_of_noise(tables: &Tables, slower: Slower) {
+    let live = [slower.prefill, slower.decode, slower.decode_beside];
+    if live.iter().any(|times| !(0.8..1.5).contains(times)) {
+        eprintln!(
+            "baton: steps of live nodes took {:.2} (prompts), {:.2} and {:.2} (decoding, alone and beside prompts) times as long as \
+             those of the engine alone; more than 1.5 or less than 0.8 means that something else ran, measure again",
+            slower.prefill, slower.decode, slower.decode_beside
+        );
+    }
+    let between = tables.residuals.iter().fold(0.0, |most, r| r.p50.max(most));
+    if tables.unsteady > 0.1 || between > 0.1 {
+        eprintln!(
+            "baton: the slowest round of steps took {:.0}% longer than the fastest, and steps between the points were {:.0}% off; more \
+             than 10% means that the machine was not quiet: plans will be off as much, measure again or with a larger --repeat",
+            100.0 * tables.unsteady,
+            100.0 * between
+        );
     }
 }
 

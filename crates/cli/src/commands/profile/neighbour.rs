@@ -23,6 +23,7 @@ pub enum Doing {
 
 /// A thread with an engine of its own.
 pub struct Neighbour {
+    wanted: Arc<AtomicU8>,
     doing: Arc<AtomicU8>,
     thread: Option<JoinHandle<Result<()>>>,
 }
@@ -34,11 +35,14 @@ const DECODE: (u32, u32) = (2, 1024);
 impl Neighbour {
     /// Starts it, idle.
     pub fn start(mut engine: Engine) -> Self {
-        let doing = Arc::new(AtomicU8::new(Doing::Idle as u8));
-        let told = Arc::clone(&doing);
+        let atom = || Arc::new(AtomicU8::new(Doing::Idle as u8));
+        let (wanted, doing) = (atom(), atom());
+        let (told, tells) = (Arc::clone(&wanted), Arc::clone(&doing));
         let thread = std::thread::spawn(move || {
             loop {
-                match told.load(Ordering::Relaxed) {
+                let now = told.load(Ordering::Relaxed);
+                tells.store(now, Ordering::Relaxed);
+                match now {
                     1 => drop(engine.step(PREFILL.0, PREFILL.1, 0, 0)?),
                     2 => drop(engine.step(0, 0, DECODE.0, DECODE.1)?),
                     3 => return Ok(()),
@@ -47,19 +51,24 @@ impl Neighbour {
             }
         });
         Self {
+            wanted,
             doing,
             thread: Some(thread),
         }
     }
 
-    /// From now on (once its step is over).
+    /// From now on. Waits until the step before is over: it would be beside something else.
     pub fn does(&self, doing: Doing) {
-        self.doing.store(doing as u8, Ordering::Relaxed);
+        self.wanted.store(doing as u8, Ordering::Relaxed);
+        let ended = || self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        while self.doing.load(Ordering::Relaxed) != doing as u8 && !ended() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Ends it.
     pub fn end(mut self) -> Result<()> {
-        self.does(Doing::End);
+        self.wanted.store(Doing::End as u8, Ordering::Relaxed);
         let joined = self.thread.take().map_or(Ok(Ok(())), JoinHandle::join);
         joined.map_err(|_| anyhow!("the neighbour's engine panicked"))?
     }
@@ -67,6 +76,6 @@ impl Neighbour {
 
 impl Drop for Neighbour {
     fn drop(&mut self) {
-        self.does(Doing::End);
+        self.wanted.store(Doing::End as u8, Ordering::Relaxed);
     }
 }

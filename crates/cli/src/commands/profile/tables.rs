@@ -30,6 +30,8 @@ pub struct Tables {
     pub contended: Option<Contended>,
     pub mixed_saves_s: f64,
     pub residuals: Vec<Residual>,
+    /// The slowest round over the fastest, less 1: what else the machine did.
+    pub unsteady: f64,
 }
 
 impl Tables {
@@ -92,17 +94,69 @@ impl Points {
         };
         self.batch.iter().flat_map(each).collect()
     }
+
+    /// Steps of prompts and of decoding that lie between the points.
+    fn between(&self) -> (Vec<Step>, Vec<Step>) {
+        let between = |axis: &[u32]| -> Vec<u32> { axis.windows(2).map(|pair| (pair[0] + pair[1]) / 2).collect() };
+        let pairs = |a: &[u32], b: &[u32]| -> Vec<(u32, u32)> {
+            let count = a.len().max(b.len());
+            (0..count).map(|i| (a[i % a.len()], b[(i * 2 + 1) % b.len()])).collect()
+        };
+        let prompts = pairs(&between(&self.new), &between(&self.context)).into_iter();
+        let decodes = pairs(&self.batch, &between(&self.total)).into_iter();
+        (
+            prompts.map(|(new, context)| (new, context, 0, 0)).collect(),
+            decodes
+                .filter(|(batch, total)| self.can_be(*batch, *total))
+                .map(|(batch, total)| (0, 0, batch, total))
+                .collect(),
+        )
+    }
+
+    /// A step of a prompt and two sequences, and the two apart.
+    fn mixed(&self) -> [Step; 3] {
+        let (new, context, total) = (
+            self.new[self.new.len() - 2],
+            self.context[1],
+            1024.min(self.longest - 1),
+        );
+        [(new, context, 2, total), (new, context, 0, 0), (0, 0, 2, total)]
+    }
 }
 
-/// Medians of each step, measured in turns: what changes on the machine meanwhile meets all of them.
-fn medians(engine: &mut Engine, steps: &[Step], repeat: usize) -> Result<Vec<f64>> {
-    let mut times = vec![Vec::with_capacity(repeat); steps.len()];
-    for _ in 0..repeat {
-        for (step, times) in steps.iter().zip(&mut times) {
-            times.push(engine.step(step.0, step.1, step.2, step.3)?);
+/// Steps, what the neighbour does meanwhile, and how long they took.
+struct Turn {
+    doing: Doing,
+    steps: Vec<Step>,
+    times: Vec<Vec<f64>>,
+}
+
+impl Turn {
+    fn new(doing: Doing, steps: &[Step]) -> Self {
+        Self {
+            doing,
+            steps: steps.to_vec(),
+            times: vec![Vec::new(); steps.len()],
         }
     }
-    Ok(times.into_iter().map(median).collect())
+
+    fn medians(&self) -> Vec<f64> {
+        self.times.iter().cloned().map(median).collect()
+    }
+}
+
+/// The slowest round over the fastest, less 1. A round is as slow as its steps are over their medians, at the median.
+fn unsteady(turns: &[Turn], rounds: usize) -> f64 {
+    let round = |round: usize| {
+        let over = |turn: &Turn| -> Vec<f64> {
+            let pairs = turn.times.iter().zip(turn.medians());
+            pairs.map(|(times, median)| times[round] / median).collect()
+        };
+        median(turns.iter().flat_map(over).collect())
+    };
+    let rounds: Vec<f64> = (0..rounds).map(round).collect();
+    let slowest = rounds.iter().copied().fold(0.0, f64::max);
+    slowest / rounds.into_iter().fold(f64::INFINITY, f64::min) - 1.0
 }
 
 pub fn median(mut values: Vec<f64>) -> f64 {
@@ -110,51 +164,68 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// Measures it all.
+/// Measures it all, in rounds of everything: what changes on the machine within minutes meets all tables alike.
 pub fn measure(engine: &mut Engine, neighbour: Option<&Neighbour>, points: &Points) -> Result<Tables> {
     ensure!(points.repeat > 0, "--repeat is 0: each point is measured at least once");
     let (prefill, decode) = (points.prefill(), points.decode());
-    let told =
-        |what: &str, steps: &[Step]| eprintln!("baton: {what}: {} points, {} times each", steps.len(), points.repeat);
-    // The first steps touch what later ones find warm.
-    medians(engine, &prefill[..1], 2)?;
-    told("steps of prompts", &prefill);
-    let prefill_alone = grid(
-        &points.new,
-        &points.context,
-        &prefill,
-        &medians(engine, &prefill, points.repeat)?,
-    );
-    told("steps of decoding", &decode);
-    let decode_alone = decode_grid(points, &decode, &medians(engine, &decode, points.repeat)?);
-    let contended = match neighbour {
-        None => None,
-        Some(neighbour) => {
-            let mut beside = |doing, what| -> Result<Steps> {
-                neighbour.does(doing);
-                told(&format!("steps of prompts beside a node that {what}"), &prefill);
-                let prompts = medians(engine, &prefill, points.repeat)?;
-                told(&format!("steps of decoding beside a node that {what}"), &decode);
-                let decoding = medians(engine, &decode, points.repeat)?;
-                neighbour.does(Doing::Idle);
-                Ok(Steps {
-                    prefill: grid(&points.new, &points.context, &prefill, &prompts),
-                    decode: decode_grid(points, &decode, &decoding),
-                })
-            };
-            Some(Contended {
-                prefilling: beside(Doing::Prefill, "prefills")?,
-                decoding: beside(Doing::Decode, "decodes")?,
-            })
+    let (prefill_between, decode_between) = points.between();
+    let mixed = points.mixed();
+    let alone = [&prefill, &decode, &prefill_between, &decode_between, &mixed[..]];
+    let mut turns: Vec<Turn> = alone.into_iter().map(|steps| Turn::new(Doing::Idle, steps)).collect();
+    if neighbour.is_some() {
+        for doing in [Doing::Prefill, Doing::Decode] {
+            turns.extend([Turn::new(doing, &prefill), Turn::new(doing, &decode)]);
         }
+    }
+    eprintln!(
+        "baton: steps of the engine: {} points, {} times each",
+        turns.iter().map(|turn| turn.steps.len()).sum::<usize>(),
+        points.repeat
+    );
+    // The first steps touch what later ones find warm.
+    for step in &prefill[..2] {
+        engine.step(step.0, step.1, step.2, step.3)?;
+    }
+    for round in 1..=points.repeat {
+        for turn in &mut turns {
+            if let Some(neighbour) = neighbour {
+                neighbour.does(turn.doing);
+            }
+            for (step, times) in turn.steps.iter().zip(&mut turn.times) {
+                times.push(engine.step(step.0, step.1, step.2, step.3)?);
+            }
+        }
+        eprintln!("baton: round {round} of {}", points.repeat);
+    }
+    if let Some(neighbour) = neighbour {
+        neighbour.does(Doing::Idle);
+    }
+    let unsteady = unsteady(&turns, points.repeat);
+    let mut medians = turns.iter().map(Turn::medians);
+    let mut next = || medians.next().unwrap_or_default();
+    let grids = |prompts: Vec<f64>, decoding: Vec<f64>| Steps {
+        prefill: grid(&points.new, &points.context, &prefill, &prompts),
+        decode: decode_grid(points, &decode, &decoding),
     };
-    let residuals = residuals(engine, points, &prefill_alone, &decode_alone)?;
+    let steps = grids(next(), next());
+    let residuals = vec![
+        residual("prefill", &steps.prefill, &prefill_between, &next())?,
+        residual("decode", &steps.decode, &decode_between, &next())?,
+    ];
+    // What a step that does both saves over the two apart; at least nothing.
+    let saved = next();
+    let mixed_saves_s = (saved[1] + saved[2] - saved[0]).max(0.0);
+    let contended = neighbour.map(|_| Contended {
+        prefilling: grids(next(), next()),
+        decoding: grids(next(), next()),
+    });
     Ok(Tables {
-        mixed_saves_s: mixed_saves(engine, points)?,
-        prefill: prefill_alone,
-        decode: decode_alone,
+        mixed_saves_s,
+        prefill: steps.prefill,
+        decode: steps.decode,
         contended,
         residuals,
+        unsteady,
     })
 }
 
@@ -196,58 +267,25 @@ fn line(points: &[(f64, f64)], x: f64) -> f64 {
     (mean_y + slope * (x - mean_x)).max(least.min(mean_y))
 }
 
-/// What a step that does both saves over the two apart; at least nothing.
-fn mixed_saves(engine: &mut Engine, points: &Points) -> Result<f64> {
-    let (new, context, total) = (
-        points.new[points.new.len() - 2],
-        points.context[1],
-        1024.min(points.longest - 1),
-    );
-    let steps = [(new, context, 2, total), (new, context, 0, 0), (0, 0, 2, total)];
-    let times = medians(engine, &steps, points.repeat)?;
-    Ok((times[1] + times[2] - times[0]).max(0.0))
-}
-
 /// How far steps between the points are from what is interpolated there.
-fn residuals(engine: &mut Engine, points: &Points, prefill: &Grid, decode: &Grid) -> Result<Vec<Residual>> {
-    let between = |axis: &[u32]| -> Vec<u32> { axis.windows(2).map(|pair| (pair[0] + pair[1]) / 2).collect() };
-    let (contexts, totals) = (between(&points.context), between(&points.total));
-    let pairs = |a: &[u32], b: &[u32]| -> Vec<(u32, u32)> {
-        let count = a.len().max(b.len());
-        (0..count).map(|i| (a[i % a.len()], b[(i * 2 + 1) % b.len()])).collect()
-    };
-    let prompts = pairs(&between(&points.new), &contexts)
-        .into_iter()
-        .map(|(a, b)| (a, b, 0, 0));
-    let decodes = pairs(&points.batch, &totals)
-        .into_iter()
-        .filter(|(batch, total)| points.can_be(*batch, *total));
-    let tables: [(&str, &Grid, Vec<Step>); 2] = [
-        ("prefill", prefill, prompts.collect()),
-        ("decode", decode, decodes.map(|(a, b)| (0, 0, a, b)).collect()),
-    ];
-    let mut residuals = Vec::new();
-    for (table, grid, steps) in tables {
-        let times = medians(engine, &steps, points.repeat)?;
-        let mut off = Vec::new();
-        for (step, time) in steps.iter().zip(times) {
-            let (x, y) = if step.0 > 0 { (step.0, step.1) } else { (step.2, step.3) };
-            let said = grid.at(f64::from(x), f64::from(y), ["x", "y"])?;
-            off.push((said - time).abs() / time);
-        }
-        off.sort_by(f64::total_cmp);
-        let at = |share: f64| {
-            off.get((off.len().saturating_sub(1) as f64 * share).round() as usize)
-                .copied()
-        };
-        residuals.push(Residual {
-            table: table.to_owned(),
-            p50: at(0.5).unwrap_or(0.0),
-            p90: at(0.9).unwrap_or(0.0),
-            count: off.len() as u32,
-        });
+fn residual(table: &str, grid: &Grid, steps: &[Step], times: &[f64]) -> Result<Residual> {
+    let mut off = Vec::new();
+    for (step, time) in steps.iter().zip(times) {
+        let (x, y) = if step.0 > 0 { (step.0, step.1) } else { (step.2, step.3) };
+        let said = grid.at(f64::from(x), f64::from(y), ["x", "y"])?;
+        off.push((said - time).abs() / time);
     }
-    Ok(residuals)
+    off.sort_by(f64::total_cmp);
+    let at = |share: f64| {
+        off.get((off.len().saturating_sub(1) as f64 * share).round() as usize)
+            .copied()
+    };
+    Ok(Residual {
+        table: table.to_owned(),
+        p50: at(0.5).unwrap_or(0.0),
+        p90: at(0.9).unwrap_or(0.0),
+        count: off.len() as u32,
+    })
 }
 
 #[cfg(test)]
@@ -263,6 +301,12 @@ mod tests {
             1.5,
             "a row that falls by noise stays level"
         );
+        let turn = |times: &[f64]| Turn {
+            times: vec![times.to_vec(), times.iter().map(|t| 3.0 * t).collect()],
+            ..Turn::new(Doing::Idle, &[])
+        };
+        let off = unsteady(&[turn(&[1.0, 1.1, 0.9]), turn(&[2.0, 2.2, 1.8])], 3);
+        assert!((off - (1.1 / 0.9 - 1.0)).abs() < 1e-9, "{off}");
         let points = Points::new(64, 256, 32, 2, 1);
         assert_eq!(
             (points.new.clone(), points.total.clone()),
