@@ -52,9 +52,9 @@ def wait_healthy(port, processes):
 
 
 @contextlib.contextmanager
-def baton(o, log, prefill, decode, threads):
+def baton(o, log, prefill, decode, threads, *more):
     command = [o.baton, "up", "--prefill", prefill, "--decode", decode, "--threads", threads, "--model", o.model,
-               "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0", "--json", "--log-filter", "warn"]
+               "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0", "--json", "--log-filter", "warn", *more]
     with group(command, log, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         if not line.startswith("{"):
@@ -115,6 +115,7 @@ def vllm_pair(o, log):
 
 SYSTEMS = {
     "baton-1p1d": lambda o, log: baton(o, log, 1, 1, 1),
+    "baton-1p1d-pinned": lambda o, log: baton(o, log, 1, 1, 1, "--pin"),
     "baton-colocated": lambda o, log: baton(o, log, 0, 1, 2),
     "llama-server": llama_server,
     "vllm": vllm_alone,

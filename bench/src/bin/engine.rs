@@ -98,6 +98,7 @@ fn main() -> Result<()> {
     let begun = Instant::now();
     let load_options = LoadOptions {
         threads: options.threads,
+        cpus: Vec::new(),
         kv_dtype: options.kv_dtype.into(),
         isa: options.isa,
         activations: if options.exact {

@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 mod blocks;
+mod cpus;
 pub mod engine;
 mod error;
 mod errors;
@@ -21,6 +22,7 @@ mod service;
 pub mod work;
 
 pub use blocks::PoolBlocks;
+pub use cpus::CpuList;
 pub use error::BringUpError;
 pub use errors::LastErrors;
 pub use grammar::Compiling;

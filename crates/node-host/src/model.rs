@@ -64,6 +64,7 @@ pub fn load(options: &NodeOptions, clock: Clock) -> Result<LoadedModel, BringUpE
         let text = ModelCard::text_of(path)?;
         let load_options = LoadOptions {
             threads: options.threads,
+            cpus: options.cpus.clone().map_or(Vec::new(), |list| list.0),
             kv_dtype,
             isa: None,
             activations: Activations::Int8,

@@ -1,5 +1,6 @@
 //! The flags of a node, whatever its role.
 
+use crate::cpus::CpuList;
 use crate::engine::Speculation;
 use crate::error::BringUpError;
 use baton_cluster_state::{Credentials, LocationBudget, StoreAddress, StoreOptions};
@@ -46,9 +47,12 @@ pub struct NodeOptions {
     /// The model's name for clients [default: the file's name]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     pub model_name: Option<String>,
-    /// Compute threads; 0 takes all cores
+    /// Compute threads; 0 takes all cores, or one for each of --cpus
     #[arg(long, value_name = "COUNT", default_value_t = 0, help_heading = "Model")]
     pub threads: usize,
+    /// CPUs that compute threads stay on, one each, such as 0-3,8; no other node should have them [default: not pinned]
+    #[arg(long, value_name = "LIST", help_heading = "Model")]
+    pub cpus: Option<CpuList>,
     /// Memory for KV blocks, such as 2GiB [default: half of what the machine and its control group leave]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "KV cache")]
     pub kv_bytes: Option<u64>,
@@ -222,6 +226,13 @@ impl NodeOptions {
             "--threads",
             self.threads.to_string(),
             "at most 4096",
+        )?;
+        let cpus = self.cpus.as_ref().map_or(self.threads, |cpus| cpus.0.len());
+        check(
+            self.threads == 0 || self.threads == cpus,
+            "--threads",
+            self.threads.to_string(),
+            "0, or as many as --cpus names",
         )?;
         check(
             self.location_writes > 0,

@@ -68,6 +68,7 @@ impl Node {
     pub fn start(options: &Options, speculation: Speculation) -> Result<Self> {
         let load_options = LoadOptions {
             threads: options.threads,
+            cpus: Vec::new(),
             kv_dtype: KvDtype::F16,
             isa: None,
             activations: Activations::Int8,

@@ -2,6 +2,7 @@
 
 use crate::models::ModelSource;
 use anyhow::{Result, ensure};
+use baton_node_host::CpuList;
 use baton_node_runtime::format_bytes;
 use std::net::SocketAddr;
 
@@ -38,6 +39,8 @@ pub struct ClusterOptions {
     pub kv_bytes: Option<u64>,
     /// Compute threads of each node, 0 for one per core; none: the cores shared out.
     pub threads: Option<usize>,
+    /// CPUs that are shared out to the nodes' compute threads, one each, in this order; none: not pinned.
+    pub cpus: Vec<usize>,
     /// `embedded` or `etcd://...`.
     pub store: String,
     /// The cluster's name in the store.
@@ -107,6 +110,14 @@ impl ClusterOptions {
         let count = self.shape.prefill + self.shape.decode;
         let kv_bytes = self.kv_bytes_per_node(count, machine)?;
         let threads = self.threads.unwrap_or_else(|| (machine.cores / count).max(1));
+        let mut cpus = self.cpus.chunks_exact(threads.max(1));
+        ensure!(
+            self.cpus.is_empty() || threads > 0 && cpus.len() >= count,
+            "--pin wants a CPU for each compute thread: {count} nodes with {} threads each do not fit on {} CPUs, give --threads \
+             or start fewer nodes",
+            if threads > 0 { threads } else { machine.cores },
+            self.cpus.len()
+        );
         let mut nodes = Vec::new();
         for (role, many) in [("prefill", self.shape.prefill), ("decode", self.shape.decode)] {
             for number in 1..=many {
@@ -121,6 +132,9 @@ impl ClusterOptions {
                     ("--drain-timeout", DRAIN_TIMEOUT.to_owned()),
                     ("--log-filter", self.log_filter.clone()),
                 ];
+                if let Some(cpus) = cpus.next() {
+                    flags.push(("--cpus", CpuList(cpus.to_vec()).to_string()));
+                }
                 // On a store that others use too the names could be taken: there each node makes up its own.
                 if self.store == "embedded" {
                     flags.push(("--node-id", name.clone()));
@@ -180,6 +194,7 @@ mod tests {
             model: "stub".to_owned(),
             kv_bytes,
             threads: None,
+            cpus: Vec::new(),
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: "127.0.0.1:0".parse().unwrap(),
@@ -217,6 +232,28 @@ mod tests {
             value(&options(0, 1, None).nodes("s", big).unwrap()[0], "--kv-bytes"),
             Some("1073741824")
         );
+    }
+
+    #[test]
+    fn cpus_are_shared_out_where_threads_are_pinned() {
+        let pinned = |threads, cpus: &[usize]| {
+            let (threads, cpus) = (Some(threads), cpus.to_vec());
+            let options = ClusterOptions {
+                threads,
+                cpus,
+                ..options(1, 1, None)
+            };
+            options.nodes("s", MACHINE)
+        };
+        let nodes = pinned(2, &[0, 2, 4, 6, 7]).unwrap();
+        assert_eq!(value(&nodes[0], "--cpus"), Some("0,2"));
+        assert_eq!(value(&nodes[1], "--cpus"), Some("4,6"));
+        let free = options(1, 1, None).nodes("s", MACHINE).unwrap();
+        assert_eq!(value(&free[0], "--cpus"), None);
+        for threads in [0, 3] {
+            let error = pinned(threads, &[0, 1, 2, 3]).unwrap_err().to_string();
+            assert!(error.contains("do not fit on 4 CPUs"), "{error}");
+        }
     }
 
     #[test]

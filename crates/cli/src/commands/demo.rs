@@ -87,6 +87,7 @@ impl Demo {
             kv_bytes: Some(available.min(KV_BYTES_PER_NODE * nodes as u64)),
             // One request at a time: prefill and decode do not compute at once, so each may have every core.
             threads: Some(0),
+            cpus: Vec::new(),
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: any_port,

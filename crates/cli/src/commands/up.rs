@@ -3,10 +3,11 @@
 use super::signals::{INTERRUPTED, Signals, unless_interrupted};
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::endpoint::Note;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use baton_coordinator::ControlMode;
 use baton_node_runtime::{ConfigOptions, Supervisor, exit_with_parent, parse_bytes};
 use baton_planner::slo::Slo;
+use rustix::thread::{CpuSet, sched_getaffinity};
 use serde_json::json;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -24,6 +25,9 @@ pub struct Up {
     /// Compute threads of each node; 0 takes all cores [default: the cores shared out evenly]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Each compute thread stays on a CPU of its own, for machines where nothing else computes
+    #[arg(long)]
+    pin: bool,
     /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]; where that is guarded,
     /// BATON_ETCD_USER, BATON_ETCD_CA, BATON_ETCD_CERT and BATON_ETCD_KEY reach all processes
     #[arg(long, value_name = "STORE", default_value = "embedded")]
@@ -57,6 +61,12 @@ pub struct Up {
     exit_with_parent: bool,
     #[command(flatten)]
     config: ConfigOptions,
+}
+
+/// CPUs on which this process may run.
+fn allowed_cpus() -> Result<Vec<usize>> {
+    let allowed = sched_getaffinity(None).context("ask on which CPUs this process may run")?;
+    Ok((0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect())
 }
 
 impl Up {
@@ -109,6 +119,7 @@ impl Up {
             model,
             kv_bytes: self.kv_bytes,
             threads: self.threads,
+            cpus: if self.pin { allowed_cpus()? } else { Vec::new() },
             store: self.store.clone(),
             name: self.cluster.clone(),
             http_listen: self.http_listen,

@@ -7,10 +7,12 @@ use baton_types::KvDtype;
 use std::path::Path;
 
 /// How to run a model.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Compute threads; 0 takes every core.
+    /// Compute threads; 0 takes every core, or one for each of `cpus`.
     pub threads: usize,
+    /// The CPU of each compute thread; none: wherever the system puts them.
+    pub cpus: Vec<usize>,
     /// Element type of the KV that steps will be given.
     pub kv_dtype: KvDtype,
     /// Forces an instruction-set path; `None` takes the fastest.

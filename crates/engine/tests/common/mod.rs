@@ -53,6 +53,7 @@ pub fn golden(name: &str) -> serde_json::Value {
 pub fn options(threads: usize, kv_dtype: KvDtype, isa: Option<Isa>) -> LoadOptions {
     LoadOptions {
         threads,
+        cpus: Vec::new(),
         kv_dtype,
         isa,
         activations: Activations::Int8,

@@ -115,6 +115,7 @@ impl Profile {
             model,
             kv_bytes: Some(self.kv_bytes * 2),
             threads: Some(self.threads as usize),
+            cpus: Vec::new(),
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: any_port,

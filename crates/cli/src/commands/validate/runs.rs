@@ -42,6 +42,7 @@ impl Runs<'_> {
             model: self.model.clone(),
             kv_bytes: Some(kv * nodes as u64),
             threads: Some(self.threads),
+            cpus: Vec::new(),
             store: "embedded".to_owned(),
             name: "default".to_owned(),
             http_listen: any_port,

@@ -387,7 +387,7 @@ mod tests {
             shape,
             data: &bytes,
         };
-        let mut pool = Pool::new(2).unwrap();
+        let mut pool = Pool::new(2, &[]).unwrap();
         let matrix = PackedMatrix::new(&tensor, activations, &mut pool, &mut Pages::default()).unwrap();
         let mut row = vec![0.0; inner];
         for r in 0..rows {
@@ -448,7 +448,7 @@ mod tests {
             shape: vec![16, 64],
             data: &bytes,
         };
-        let mut pool = Pool::new(1).unwrap();
+        let mut pool = Pool::new(1, &[]).unwrap();
         let matrix = PackedMatrix::new(&tensor, Activations::Int8, &mut pool, &mut Pages::default()).unwrap();
         for kernels in Isa::ALL.into_iter().filter_map(Kernels::new) {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

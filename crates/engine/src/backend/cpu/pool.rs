@@ -4,12 +4,13 @@
 
 #![allow(unsafe_code)]
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 
 /// Spins before a thread sleeps or yields, some ten microseconds in all.
 const SPINS: u32 = 600;
@@ -47,6 +48,31 @@ unsafe impl Send for Shared {}
 pub(super) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// The caller's CPU, and the caller that is there already.
+    caller: Option<(usize, Option<ThreadId>)>,
+}
+
+/// Keeps this thread on one CPU.
+fn pin(cpu: usize) -> std::io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Whether this process may use them all, and there is one for each thread.
+fn check_cpus(cpus: &[usize], threads: usize) -> std::io::Result<()> {
+    if cpus.len() != threads {
+        let count = cpus.len();
+        return Err(std::io::Error::other(format!("{count} CPUs are named for them")));
+    }
+    let allowed = sched_getaffinity(None)?;
+    let may = |cpu: usize| cpu < CpuSet::MAX_CPU && allowed.is_set(cpu);
+    match cpus.iter().find(|cpu| !may(**cpu)) {
+        None => Ok(()),
+        Some(cpu) => Err(std::io::Error::other(format!(
+            "CPU {cpu} is not one that this process may use"
+        ))),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -88,8 +114,11 @@ impl<T> Parts<T> {
 }
 
 impl Pool {
-    /// Starts `threads - 1` threads beside the caller's.
-    pub(super) fn new(threads: usize) -> std::io::Result<Self> {
+    /// Starts `threads - 1` threads beside the caller's. `cpus`: none, or one for each thread, the caller's first.
+    pub(super) fn new(threads: usize, cpus: &[usize]) -> std::io::Result<Self> {
+        if !cpus.is_empty() {
+            check_cpus(cpus, threads)?;
+        }
         fn idle(_: usize, _: usize) {}
         let work: *const Work = &idle as &'static Work;
         let shared = Arc::new(Shared {
@@ -104,17 +133,32 @@ impl Pool {
         let mut pool = Self {
             shared: shared.clone(),
             threads: Vec::new(),
+            caller: cpus.first().map(|cpu| (*cpu, None)),
         };
         for worker in 1..threads {
             let shared = shared.clone();
             let name = format!("compute-{worker}");
-            pool.threads.push(
-                std::thread::Builder::new()
-                    .name(name)
-                    .spawn(move || shared.serve(worker))?,
-            );
+            let cpu = cpus.get(worker).copied();
+            let serve = move || {
+                if let Some(Err(error)) = cpu.map(pin) {
+                    tracing::warn!(?cpu, %error, "a compute thread could not be kept on its CPU");
+                }
+                shared.serve(worker);
+            };
+            pool.threads.push(std::thread::Builder::new().name(name).spawn(serve)?);
         }
         Ok(pool)
+    }
+
+    /// The calling thread is the one that computes from now on: it goes to its CPU, where it has one.
+    pub(super) fn enter(&mut self) {
+        let Some((cpu, there)) = &mut self.caller else { return };
+        let this = std::thread::current().id();
+        if there.replace(this) != Some(this)
+            && let Err(error) = pin(*cpu)
+        {
+            tracing::warn!(cpu, %error, "the computing thread could not be kept on its CPU");
+        }
     }
 
     /// Threads that take units, the caller's among them.
@@ -253,7 +297,7 @@ mod tests {
 
     #[test]
     fn every_unit_runs_once_over_many_jobs() {
-        let mut pool = Pool::new(4).unwrap();
+        let mut pool = Pool::new(4, &[]).unwrap();
         for units in (0..200).chain([5_000]) {
             let mut out = vec![0u32; 3 * units];
             let bounds: Vec<usize> = (0..=units).map(|u| 3 * u).collect();
@@ -266,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let mut pool = Pool::new(3).unwrap();
+        let mut pool = Pool::new(3, &[]).unwrap();
         for _ in 0..20 {
             let caught = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(64, &|unit, _| assert!(unit != 40, "unit 40"));
@@ -278,5 +322,30 @@ mod tests {
             });
             assert_eq!(count.load(Ordering::Relaxed), 64);
         }
+    }
+    #[test]
+    fn threads_stay_on_their_cpus() {
+        let allowed = sched_getaffinity(None).unwrap();
+        let cpu = (0..CpuSet::MAX_CPU).rfind(|cpu| allowed.is_set(*cpu)).unwrap();
+        std::thread::spawn(move || {
+            let mut pool = Pool::new(2, &[cpu, cpu]).unwrap();
+            assert_eq!(
+                sched_getaffinity(None).unwrap(),
+                allowed,
+                "who makes it computes nothing yet"
+            );
+            pool.enter();
+            let mut elsewhere = [0; 64];
+            pool.parts(&mut elsewhere, &Vec::from_iter(0..=64), |_, part, _| {
+                let set = sched_getaffinity(None).unwrap();
+                part[0] = u32::from(set.count() != 1 || !set.is_set(cpu));
+            });
+            assert_eq!(elsewhere, [0; 64]);
+        })
+        .join()
+        .unwrap();
+        let refused = |threads, cpus: &[usize]| Pool::new(threads, cpus).err().unwrap().to_string();
+        assert_eq!(refused(2, &[cpu]), "1 CPUs are named for them");
+        assert!(refused(1, &[CpuSet::MAX_CPU]).contains("may use"));
     }
 }

@@ -177,10 +177,11 @@ impl CpuBackend {
         let isa = options.isa.unwrap_or_else(Isa::best);
         let kernels = Kernels::new(isa).ok_or(LoadError::UnavailableIsa { isa: isa.name() })?;
         let threads = match options.threads {
+            0 if !options.cpus.is_empty() => options.cpus.len(),
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
-        let mut pool = Pool::new(threads).map_err(|source| LoadError::Threads { threads, source })?;
+        let mut pool = Pool::new(threads, &options.cpus).map_err(|source| LoadError::Threads { threads, source })?;
         let config = checkpoint.config.clone();
         let weights = Weights::new(checkpoint, options.activations, &mut pool, progress)?;
         let (version, kv_dtype) = (env!("CARGO_PKG_VERSION"), options.kv_dtype);
@@ -238,6 +239,7 @@ impl Backend for CpuBackend {
             });
         }
         let engine = &mut self.engine;
+        engine.pool.enter();
         engine.embed(&self.config, batch);
         for layer in 0..self.config.layers {
             engine.store_kv(&self.config, &plan, arena, layer as usize);
