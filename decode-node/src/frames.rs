@@ -1,4 +1,5 @@
-//! Tokens on their way to the coordinator: frames of at most 8 tokens or 20 ms of them. Pure; the caller has the clock.
+//! Tokens on their way to the coordinator: frames of at most 8 tokens or 20 ms of them. A frame goes with the last token that fits:
+//! one waits for others only where another is to be expected in time. Pure; the caller has the clock.
 
 use baton_node_host::engine::{Drawn, PrefillDone};
 use baton_node_runtime::Moment;
@@ -23,6 +24,10 @@ pub(crate) struct Frame {
     tokens: v1::Tokens,
     /// When the one before was sent; none: never.
     sent: Option<Moment>,
+    /// When its last token came, and the longest wait for any of its tokens: the next may take as long. Not the last wait: several
+    /// tokens of one step come together.
+    last: Option<Moment>,
+    wait: Duration,
 }
 
 impl Frame {
@@ -30,10 +35,15 @@ impl Frame {
         Self {
             tokens: v1::Tokens::default(),
             sent: None,
+            last: None,
+            wait: Duration::ZERO,
         }
     }
 
-    pub fn push(&mut self, drawn: Drawn) {
+    pub fn push(&mut self, drawn: Drawn, now: Moment) {
+        if let Some(last) = self.last.replace(now) {
+            self.wait = self.wait.max(now.saturating_since(last));
+        }
         if self.tokens.tokens.is_empty() {
             self.tokens.first_index = drawn.index;
         }
@@ -50,14 +60,20 @@ impl Frame {
         self.tokens.prefill_tokens = local.done.map(|done| count(done.tokens));
     }
 
-    /// When it must go; none while it is empty. A frame that follows a pause goes at once.
-    pub fn due(&self, now: Moment) -> Option<Moment> {
-        let waiting = self.tokens.tokens.len();
-        match self.sent {
-            _ if waiting == 0 => None,
-            Some(sent) if waiting < FRAME_TOKENS => Some(sent + FRAME_TIME),
-            Some(_) | None => Some(now),
-        }
+    /// When it must go; none while it is empty. A frame that follows a pause goes with its first token.
+    pub fn due(&self) -> Option<Moment> {
+        let last = self.last.filter(|_| !self.tokens.tokens.is_empty())?;
+        let until = self.sent.map_or(last, |sent| sent + FRAME_TIME);
+        Some(if self.is_full() || last + self.wait > until {
+            last
+        } else {
+            until
+        })
+    }
+
+    /// It takes no more.
+    pub fn is_full(&self) -> bool {
+        self.tokens.tokens.len() >= FRAME_TOKENS
     }
 
     /// Empties it.
@@ -65,7 +81,7 @@ impl Frame {
         if self.tokens.tokens.is_empty() {
             return None;
         }
-        self.sent = Some(now);
+        (self.sent, self.wait) = (Some(now), Duration::ZERO);
         Some(std::mem::take(&mut self.tokens))
     }
 }
@@ -84,23 +100,54 @@ mod tests {
         }
     }
 
+    /// What goes when, in ms, of tokens that come at these times: by the rule, and by the timer where the next token is later.
+    fn sent(times: &[u64]) -> Vec<(u64, usize)> {
+        let start = Clock::new().now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let ms = |moment: Moment| u64::try_from(moment.saturating_since(start).as_millis()).unwrap();
+        let (mut frame, mut sent) = (Frame::new(), Vec::new());
+        for (index, time) in times.iter().enumerate() {
+            frame.push(drawn(u32::try_from(index).unwrap()), at(*time));
+            let due = frame.due().unwrap();
+            let next = times.get(index + 1).map_or(u64::MAX, |next| *next);
+            if ms(due) < next {
+                let due = due.max(at(*time));
+                sent.extend(frame.take(due).map(|tokens| (ms(due), tokens.tokens.len())));
+            }
+        }
+        sent
+    }
+
     #[test]
-    fn a_frame_goes_at_eight_tokens_or_after_20_ms_or_at_once_after_a_pause() {
+    fn a_frame_goes_with_the_last_token_that_fits_into_20_ms() {
+        assert_eq!(Frame::new().due(), None);
+        // Steps of 6 ms: three fit.
+        assert_eq!(sent(&[0, 6, 12, 18, 24, 30, 36]), [(0, 1), (18, 3), (36, 3)]);
+        // Slow steps wait for nothing, fast ones fill frames.
+        assert_eq!(sent(&[0, 12, 24, 60]), [(0, 1), (12, 1), (24, 1), (60, 1)]);
+        assert_eq!(sent(&[0, 1, 2, 3, 4, 5, 6, 7, 8]), [(0, 1), (8, 8)]);
+    }
+
+    #[test]
+    fn a_frame_whose_next_token_is_late_goes_after_20_ms() {
+        assert_eq!(sent(&[0, 6, 50, 51]), [(0, 1), (20, 1), (50, 1), (70, 1)]);
+    }
+
+    #[test]
+    fn tokens_of_one_step_go_together_and_do_not_pass_for_short_steps() {
+        assert_eq!(sent(&[0, 11, 11, 11, 22]), [(0, 1), (11, 3), (22, 1)]);
+    }
+
+    #[test]
+    fn a_frame_tells_its_first_index() {
         let now = Clock::new().now();
         let mut frame = Frame::new();
-        assert_eq!(frame.due(now), None);
-        frame.push(drawn(3));
-        assert_eq!(frame.due(now), Some(now));
-        assert_eq!(frame.take(now).map(|t| (t.first_index, t.tokens)), Some((3, vec![103])));
-        frame.push(drawn(4));
-        assert_eq!(frame.due(now), Some(now + FRAME_TIME));
-        for index in 5..12 {
-            frame.push(drawn(index));
-        }
-        assert_eq!(frame.due(now), Some(now));
-        assert_eq!(frame.take(now).map(|t| t.tokens.len()), Some(8));
-        frame.push(drawn(12));
-        let later = now + Duration::from_millis(30);
-        assert!(frame.due(later).is_some_and(|due| due <= later));
+        frame.push(drawn(3), now);
+        frame.push(drawn(4), now);
+        assert_eq!(
+            frame.take(now).map(|t| (t.first_index, t.tokens)),
+            Some((3, vec![103, 104]))
+        );
+        assert_eq!(frame.take(now), None);
     }
 }

@@ -42,7 +42,7 @@ impl DecodeRequest {
         let mut local = LocalPrefill::default();
         let mut told_prefill = began.is_some();
         loop {
-            let due = frame.due(clock.now());
+            let due = frame.due();
             tokio::select! {
                 biased;
                 wish = self.commands.next() => match wish {
@@ -82,7 +82,7 @@ impl DecodeRequest {
                         Some(drawn) => {
                             let finish = drawn.finish;
                             self.generated.push(drawn.token);
-                            frame.push(drawn);
+                            frame.push(drawn, clock.now());
                             if let Some(finish) = finish {
                                 return self.finish(frame, finish, &tally).await;
                             }
@@ -99,7 +99,9 @@ impl DecodeRequest {
                             }
                         }
                     }
-                    if frame.due(clock.now()).is_some_and(|due| due <= clock.now()) {
+                    // Tokens of one step go together.
+                    let due = frame.due().is_some_and(|due| due <= clock.now());
+                    if frame.is_full() || due && events.is_empty() {
                         self.send(&mut frame).await?;
                     }
                 }

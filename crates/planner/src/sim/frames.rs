@@ -12,7 +12,7 @@ use crate::slo::Metric;
 /// As decode nodes have it: tokens of one frame, and how long they wait for others of it.
 const FRAME_TOKENS: u32 = 8;
 const FRAME_TIME: Nanos = Nanos(20_000_000);
-/// Timers count whole milliseconds and round up: live frames that a timer ends are 20.8 ms apart.
+/// Timers count whole milliseconds and round up: live frames that a timer ends, their next token being late, are 20.8 ms apart.
 const TIMER_LATE: Nanos = Nanos(800_000);
 
 /// When each request's tokens came.
@@ -75,18 +75,21 @@ fn frames(times: &[Nanos], handed_over: bool) -> Vec<(Nanos, u32)> {
     let alone = if handed_over { 2 } else { 1 };
     let (alone, later) = times.split_at(alone.min(times.len()));
     let mut frames: Vec<(Nanos, u32)> = alone.iter().map(|at| (*at, 1)).collect();
-    let (mut sent, mut waiting) = (alone.last().copied().unwrap_or(Nanos::ZERO), 0);
+    let mut last = alone.last().copied().unwrap_or(Nanos::ZERO);
+    let (mut sent, mut waiting, mut wait) = (last, 0, Nanos::ZERO);
     for (index, time) in later.iter().enumerate() {
         let due = sent + FRAME_TIME + TIMER_LATE;
         if waiting > 0 && due < *time {
             frames.push((due, waiting));
-            (sent, waiting) = (due, 0);
+            (sent, waiting, wait) = (due, 0, Nanos::ZERO);
         }
+        wait = wait.max(*time - last);
+        last = *time;
         waiting += 1;
-        let last = index + 1 == later.len();
-        if waiting == FRAME_TOKENS || last || sent + FRAME_TIME <= *time {
+        let fits = waiting < FRAME_TOKENS && *time + wait <= sent + FRAME_TIME;
+        if !fits || index + 1 == later.len() {
             frames.push((*time, waiting));
-            (sent, waiting) = (*time, 0);
+            (sent, waiting, wait) = (*time, 0, Nanos::ZERO);
         }
     }
     frames
@@ -131,17 +134,22 @@ mod tests {
 
     #[test]
     fn tokens_wait_for_others_of_their_frame_as_live_ones_do() {
-        // Steps of 8 ms on one node: what comes within 20 ms of a frame waits for its end, which a timer tells a little late.
-        let local = frames(&at(&[100, 108, 116, 124, 132, 140, 148]), false);
-        assert_eq!(ms(&local), [(100, 1), (120, 2), (141, 3), (148, 1)]);
+        // Steps of 8 ms on one node: two fit into 20 ms.
+        let local = frames(&at(&[100, 108, 116, 124, 132, 140]), false);
+        assert_eq!(ms(&local), [(100, 1), (116, 2), (132, 2), (140, 1)]);
         // Handed over: the first token of the second node goes at once.
         let handed = frames(&at(&[100, 113, 121, 129, 137]), true);
-        assert_eq!(ms(&handed), [(100, 1), (113, 1), (133, 2), (137, 1)]);
+        assert_eq!(ms(&handed), [(100, 1), (113, 1), (129, 2), (137, 1)]);
         assert_eq!(ms(&frames(&at(&[100]), true)), [(100, 1)]);
         // Slow steps are not held up, fast ones fill frames of eight.
-        assert_eq!(ms(&frames(&at(&[0, 30, 60]), false)), [(0, 1), (30, 1), (60, 1)]);
+        assert_eq!(ms(&frames(&at(&[0, 12, 24]), false)), [(0, 1), (12, 1), (24, 1)]);
         let fast: Vec<u64> = (0..=9).collect();
         assert_eq!(ms(&frames(&at(&fast), false)), [(0, 1), (8, 8), (9, 1)]);
+        // Where the next token is late, a timer ends the wait, a little late as well.
+        assert_eq!(
+            ms(&frames(&at(&[0, 6, 50, 51]), false)),
+            [(0, 1), (20, 1), (50, 1), (51, 1)]
+        );
         assert!(frames(&[], false).is_empty());
     }
 }
