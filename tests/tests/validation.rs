@@ -120,6 +120,11 @@ fn what_is_predicted_first_is_replayed_and_the_error_is_kept() {
         (results.as_array().unwrap().len(), &results[0]["runs"][0]["served"]),
         (2, &10.into())
     );
+    for when in [0, 1] {
+        let speed = &results[1]["machine"][0][when];
+        assert!(above_zero(&speed["prompts"]) && above_zero(&speed["steps"]), "{speed}");
+    }
+    assert!(said.contains("against the profile, before and after"), "{said}");
     let bars = json(&folder.path().join("p.json"))["error_bars"]
         .as_array()
         .unwrap()

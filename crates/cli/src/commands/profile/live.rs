@@ -85,7 +85,8 @@ impl Said {
             let ttft = observed.ttft().unwrap_or_default().as_secs_f64();
             self.overheads.push(ttft - computing);
         }
-        self.prefill.push(computing / prompt_seconds(probes, length)?);
+        self.prefill
+            .push(computing / prompt_seconds(probes.prefill, probes.chunk_tokens, length)?);
         // The first token is the prefill node's, the second one comes by itself: from then on it is only steps.
         let [first, second, later @ .., last] = &observed.frames[..] else {
             return Ok(());
@@ -215,7 +216,8 @@ fn parts(mut values: Vec<f64>) -> Vec<f64> {
     (0..TAIL_PARTS).filter_map(middle).map(|value| value.max(0.0)).collect()
 }
 
-async fn ask(target: &Target, name: u64, length: u32, output: u32) -> Result<Observed> {
+/// One request by itself, whose prompt is nobody else's.
+pub async fn ask(target: &Target, name: u64, length: u32, output: u32) -> Result<Observed> {
     let planned = Planned {
         at: Duration::ZERO,
         prompt: Prompt::Tokens(
@@ -235,13 +237,11 @@ async fn ask(target: &Target, name: u64, length: u32, output: u32) -> Result<Obs
 }
 
 /// A prompt by itself, chunk by chunk, by the table.
-fn prompt_seconds(probes: &Probes<'_>, length: u32) -> Result<f64> {
+pub fn prompt_seconds(prefill: &Grid, chunk_tokens: u32, length: u32) -> Result<f64> {
     let (mut done, mut seconds) = (0, 0.0);
     while done < length {
-        let chunk = probes.chunk_tokens.min(length - done);
-        seconds += probes
-            .prefill
-            .at(f64::from(chunk), f64::from(done), ["new tokens", "context"])?;
+        let chunk = chunk_tokens.min(length - done);
+        seconds += prefill.at(f64::from(chunk), f64::from(done), ["new tokens", "context"])?;
         done += chunk;
     }
     Ok(seconds)

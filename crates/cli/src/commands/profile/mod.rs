@@ -7,3 +7,5 @@ mod neighbour;
 mod tables;
 
 pub use command::{Profile, one_token_a_step};
+pub use live::{ask, prompt_seconds};
+pub use tables::median;

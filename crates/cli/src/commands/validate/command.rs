@@ -80,20 +80,22 @@ impl Validate {
         };
         let mut measured: Vec<Measured> = Vec::new();
         for (index, case) in predictions.cases.iter().enumerate() {
-            let mut summaries = Vec::new();
+            let (mut summaries, mut machine) = (Vec::new(), Vec::new());
             for number in 0..self.runs {
                 // Arrivals are the same in all runs, prompts are not.
                 let salt = 1 + index as u64 * 1000 + u64::from(number);
-                let Some(summary) = runs.replay(case, salt).await? else {
+                let Some((summary, speeds)) = runs.replay(case, salt).await? else {
                     eprintln!("baton: interrupted: the replay under way does not count");
                     self.conclude(&measured)?;
                     return Ok(ExitCode::from(INTERRUPTED));
                 };
                 summaries.push(summary);
+                machine.push(speeds);
             }
             measured.push(Measured {
                 case: case.clone(),
                 runs: summaries,
+                machine,
             });
             write(&self.out.join("results.json"), &measured)?;
         }

@@ -4,6 +4,7 @@ mod command;
 mod division;
 mod report;
 mod runs;
+mod speed;
 mod stored;
 
 pub use command::Validate;

@@ -1,6 +1,7 @@
 //! Predicted against measured, as a table in Markdown, and as error bars.
 
 use super::super::replay::figures;
+use super::speed::Speed;
 use super::stored::Measured;
 use baton_planner::predict::{Comparison, Figures, compare};
 use baton_planner::profile::ErrorBar;
@@ -46,6 +47,21 @@ pub fn markdown(all: &[Measured]) -> String {
     let promised: Vec<Comparison> = all.iter().flat_map(rows).filter(|row| row.allowed.is_some()).collect();
     let held = promised.iter().filter(|row| row.holds()).count();
     let _ = writeln!(out, "\n{held} of {} figures are as near as promised.", promised.len());
+    out.push_str("\nThe machine, idle, against the profile, before and after each replay:\n\n");
+    out.push_str("| nodes | load | prompts | steps |\n|---|---|---|---|\n");
+    for Measured { case, machine, .. } in all {
+        let times = |what: fn(&Speed) -> f64| {
+            let run = |[before, after]: &[Speed; 2]| format!("{:.2}x to {:.2}x", what(before), what(after));
+            machine.iter().map(run).collect::<Vec<_>>().join(", ")
+        };
+        let (prompts, steps) = (times(|speed| speed.prompts), times(|speed| speed.steps));
+        let _ = writeln!(
+            out,
+            "| {} | {:.0}% | {prompts} | {steps} |",
+            case.division,
+            100.0 * case.load
+        );
+    }
     out
 }
 

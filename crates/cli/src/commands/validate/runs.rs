@@ -3,6 +3,7 @@
 use super::super::profile::one_token_a_step;
 use super::super::replay::offered;
 use super::super::workload::check_fits;
+use super::speed::{CHANGED, Speed};
 use super::stored::Case;
 use crate::cluster::{Cluster, ClusterOptions, Shape};
 use crate::models::ModelSource;
@@ -54,8 +55,9 @@ impl Runs<'_> {
         }
     }
 
-    /// One replay; `number` makes its prompts other ones than those of the others. None where it was interrupted.
-    pub async fn replay(&self, case: &Case, number: u64) -> Result<Option<Summary>> {
+    /// One replay, and how fast the machine was before and after it; `number` makes its prompts other ones than those of the others.
+    /// None where it was interrupted.
+    pub async fn replay(&self, case: &Case, number: u64) -> Result<Option<(Summary, [Speed; 2])>> {
         let supervisor = Supervisor::new();
         let cluster = Cluster::start(&self.cluster(case), &supervisor).await?;
         let summary = self.against(&cluster, case, number).await;
@@ -65,7 +67,7 @@ impl Runs<'_> {
         Ok(summary)
     }
 
-    async fn against(&self, cluster: &Cluster, case: &Case, number: u64) -> Result<Option<Summary>> {
+    async fn against(&self, cluster: &Cluster, case: &Case, number: u64) -> Result<Option<(Summary, [Speed; 2])>> {
         let target = Target::Baton(BatonTarget::over(cluster.channel(), cluster.doors().1, None).await?);
         let model = target.model();
         self.profile.check_model(&model.id)?;
@@ -87,11 +89,26 @@ impl Runs<'_> {
                 warm.failure
             );
         }
+        let before = Speed::measure(&target, self.profile, 2 * number).await?;
         let mut workload = self.workload.clone();
         workload.at_rate(case.rate)?;
         let what = format!("{} at {:.2} requests/s", case.division, case.rate);
         let run = offered(&target, prompts.schedule(&workload), &what).await?;
-        let interrupted = run.unfinished + run.unsent > 0;
-        Ok((!interrupted).then(|| Summary::of(&run, Some(self.slo))))
+        if run.unfinished + run.unsent > 0 {
+            return Ok(None);
+        }
+        let after = Speed::measure(&target, self.profile, 2 * number + 1).await?;
+        for (when, speed) in [("before", before), ("after", after)] {
+            if speed.is_changed() {
+                eprintln!(
+                    "baton: {when} this replay prompts took {:.2}x and steps {:.2}x of the profile's time: with more than {:.0}% the \
+                     machine is not what was profiled; profile again on a quiet one",
+                    speed.prompts,
+                    speed.steps,
+                    100.0 * CHANGED
+                );
+            }
+        }
+        Ok(Some((Summary::of(&run, Some(self.slo)), [before, after])))
     }
 }

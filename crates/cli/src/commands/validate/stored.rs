@@ -1,6 +1,7 @@
 //! What is kept in files: predictions before anything runs, results as they come.
 
 use super::division::Division;
+use super::speed::Speed;
 use anyhow::{Context, Result, ensure};
 use baton_load::Summary;
 use baton_planner::predict::Figures;
@@ -36,6 +37,8 @@ pub struct Predictions {
 pub struct Measured {
     pub case: Case,
     pub runs: Vec<Summary>,
+    /// Before and after each replay.
+    pub machine: Vec<[Speed; 2]>,
 }
 
 impl Predictions {
