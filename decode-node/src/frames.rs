@@ -71,9 +71,10 @@ impl Frame {
         })
     }
 
-    /// It takes no more.
+    /// It takes no more. The first one goes with its first token.
     pub fn is_full(&self) -> bool {
-        self.tokens.tokens.len() >= FRAME_TOKENS
+        let waiting = self.tokens.tokens.len();
+        waiting >= FRAME_TOKENS || self.sent.is_none() && waiting > 0
     }
 
     /// Empties it.
@@ -149,5 +150,19 @@ mod tests {
             Some((3, vec![103, 104]))
         );
         assert_eq!(frame.take(now), None);
+    }
+
+    #[test]
+    fn the_first_frame_takes_one_token_later_ones_eight() {
+        let now = Clock::new().now();
+        let mut frame = Frame::new();
+        for most in [1, 8, 8] {
+            for _ in 0..most {
+                assert!(!frame.is_full());
+                frame.push(drawn(0), now);
+            }
+            assert!(frame.is_full());
+            assert!(frame.take(now).is_some());
+        }
     }
 }
