@@ -8,8 +8,9 @@ use anyhow::{Context, Result};
 use baton_load::{BatonTarget, Dialect, Planned, Progress, Prompts, Run, Summary, Target, TokenRange, offer};
 use baton_planner::slo::Slo;
 use serde_json::json;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Replays a trace against a running cluster, or any OpenAI-compatible server, and measures what its clients see.
 ///
@@ -110,7 +111,14 @@ pub async fn offered(target: &Target, schedule: Vec<Planned>, what: &str) -> Res
         let name = signals.next().await;
         tell(format_args!("baton: {name}: what was measured so far counts"));
     };
+    // Who reads a log needs no line for every two seconds.
+    let pause = Duration::from_secs(if std::io::stderr().is_terminal() { 0 } else { 30 });
+    let mut next = Duration::ZERO;
     let told = |progress: Progress| {
+        if progress.elapsed < next {
+            return;
+        }
+        next = progress.elapsed + pause;
         tell(format_args!(
             "baton: {what}, {:.0} s: {} of {} sent, {} ended, {} failed",
             progress.elapsed.as_secs_f64(),

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 /// Replays what was predicted first, and tells how far off the prediction was.
 ///
 /// For each division of the nodes: the highest rate that keeps the SLO is found by simulation; at shares of it all percentiles are
-/// predicted, and written to predictions.json before anything runs. Then a cluster is started for each replay. Errors go to
+/// predicted, and written to predictions.json before anything runs. Then all are replayed in turns, each time on a new cluster. Errors go to
 /// report.md and results.json, and into the profile, so that later plans show them. With a predictions.json that is there already
 /// nothing is predicted anew.
 #[derive(Debug, clap::Args)]
@@ -49,7 +49,7 @@ pub struct Validate {
     /// Shares of each division's predicted goodput
     #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = "0.5,0.8", value_parser = parse_factor)]
     loads: Vec<f64>,
-    /// Replays of each division and load
+    /// Replays of each division and load: so many rounds through all of them
     #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     /// Folder for predictions.json, results.json and report.md
@@ -78,26 +78,22 @@ impl Validate {
             workload: &workload,
             slo: &self.slo,
         };
-        let mut measured: Vec<Measured> = Vec::new();
-        for (index, case) in predictions.cases.iter().enumerate() {
-            let (mut summaries, mut machine) = (Vec::new(), Vec::new());
-            for number in 0..self.runs {
+        let mut measured: Vec<Measured> = predictions.cases.iter().map(Measured::none).collect();
+        // In rounds: replays of a case that follow each other would meet the same minutes of the machine, and agree too well.
+        for number in 0..self.runs {
+            for index in 0..measured.len() {
                 // Arrivals are the same in all runs, prompts are not.
                 let salt = 1 + index as u64 * 1000 + u64::from(number);
-                let Some((summary, speeds)) = runs.replay(case, salt).await? else {
+                let Some((summary, speeds)) = runs.replay(&measured[index].case, salt).await? else {
                     eprintln!("baton: interrupted: the replay under way does not count");
+                    measured.retain(|measured| !measured.runs.is_empty());
                     self.conclude(&measured)?;
                     return Ok(ExitCode::from(INTERRUPTED));
                 };
-                summaries.push(summary);
-                machine.push(speeds);
+                measured[index].runs.push(summary);
+                measured[index].machine.push(speeds);
+                write(&self.out.join("results.json"), &measured)?;
             }
-            measured.push(Measured {
-                case: case.clone(),
-                runs: summaries,
-                machine,
-            });
-            write(&self.out.join("results.json"), &measured)?;
         }
         self.conclude(&measured)?;
         profile.error_bars = report::error_bars(&measured, &predictions.workload);

@@ -41,6 +41,17 @@ pub struct Measured {
     pub machine: Vec<[Speed; 2]>,
 }
 
+impl Measured {
+    /// A case that nothing was replayed of yet.
+    pub fn none(case: &Case) -> Self {
+        Self {
+            case: case.clone(),
+            runs: Vec::new(),
+            machine: Vec::new(),
+        }
+    }
+}
+
 impl Predictions {
     /// Those of a file, which must be of the same question.
     pub fn read(path: &Path, asked: &Self) -> Result<Self> {
