@@ -32,6 +32,16 @@ impl Figures {
         figures
     }
 
+    /// The means of those that all have.
+    pub fn mean(all: &[Self]) -> Self {
+        let mut means = Self::default();
+        for name in all.iter().flat_map(|figures| figures.0.keys()) {
+            let sum: Option<f64> = all.iter().map(|figures| figures.get(name)).sum();
+            means.set(name, sum.map(|sum| sum / all.len() as f64));
+        }
+        means
+    }
+
     /// Sets one, where it is known.
     pub fn set(&mut self, name: &str, value: Option<f64>) {
         if let Some(value) = value {
@@ -42,5 +52,23 @@ impl Figures {
     /// One by name.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.0.get(name).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mean_is_of_what_all_have() {
+        let figures = |ttft: f64, itl: Option<f64>| {
+            let mut figures = Figures::default();
+            figures.set("ttft_p50", Some(ttft));
+            figures.set("itl_p50", itl);
+            figures
+        };
+        let mean = Figures::mean(&[figures(1.0, Some(4.0)), figures(2.0, None)]);
+        assert_eq!(mean, figures(1.5, None));
+        assert_eq!(Figures::mean(&[]), Figures::default());
     }
 }

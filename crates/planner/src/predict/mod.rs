@@ -6,4 +6,4 @@ mod forecast;
 
 pub use compare::{Comparison, Tolerance, compare};
 pub use figures::Figures;
-pub use forecast::{Case, Forecast, highest_rate, predict};
+pub use forecast::{Case, Forecast, expect, highest_rate, predict};

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The only format that is read and written.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 /// Where a profile's figures come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,15 +61,16 @@ pub struct Steps {
     pub decode: Grid,
 }
 
-/// What hand-overs add to the gap between the first token and the second one: seconds, rising, each for as many hand-overs as the
-/// others. It goes by while what is left is sent.
+/// What hand-overs add to the gap between the first token and the second one. It goes by while what is left is sent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HandoverTail {
-    /// Where the prefill node has nothing else to do.
+    /// Whatever the size, where the prefill node has nothing else to do: seconds, rising, each for as many hand-overs as the others.
     pub idle: Vec<f64>,
-    /// Where it goes on with other prompts.
+    /// The same where it goes on with other prompts.
     pub busy: Vec<f64>,
+    /// And for each byte of the prompt's KV, seconds: the decode node's first step reads what it never touched before.
+    pub seconds_per_byte: f64,
 }
 
 impl HandoverTail {
@@ -78,6 +79,7 @@ impl HandoverTail {
         Self {
             idle: vec![seconds],
             busy: vec![seconds],
+            seconds_per_byte: 0.0,
         }
     }
 }
@@ -288,6 +290,7 @@ impl Profile {
             ("startup_s", self.startup_s),
             ("role_change_s", self.role_change_s),
             ("drain_s", self.drain_s),
+            ("handover_tail.seconds_per_byte", self.handover_tail.seconds_per_byte),
         ];
         if let Some((field, _)) = times.iter().find(|(_, s)| !s.is_finite() || *s < 0.0) {
             return Err(wrong(field, "must be seconds of at least 0"));
@@ -317,6 +320,16 @@ impl Profile {
             }
         }
         Ok(())
+    }
+
+    /// Makes all steps take so many times as long.
+    pub fn scale_steps(&mut self, times: f64) {
+        let contended = self.contended.iter_mut();
+        let beside = contended.flat_map(|c| [&mut c.prefilling, &mut c.decoding]);
+        let beside = beside.flat_map(|steps| [&mut steps.prefill, &mut steps.decode]);
+        let all = [&mut self.prefill, &mut self.decode].into_iter().chain(beside);
+        all.for_each(|grid| grid.scale(times));
+        self.mixed_saves_s *= times;
     }
 
     /// Refuses to speak for another model.

@@ -132,16 +132,18 @@ impl NodeModel {
         self.handover.at(bytes as f64, 0.0, ["handover.bytes", "handover"])
     }
 
-    /// Seconds that a request's hand-over adds to its first gap, whose prefill node goes on with other prompts or not. Which of the
-    /// profile's times it is depends on the request alone.
-    pub fn handover_tail(&self, request: u32, busy: bool) -> f64 {
+    /// Seconds that the hand-over of a request with so many tokens adds to its first gap, whose prefill node goes on with other
+    /// prompts or not. Which of the profile's times it is depends on the request alone.
+    pub fn handover_tail(&self, request: u32, tokens: u32, busy: bool) -> f64 {
         let parts = match busy {
             true => &self.handover_tail.busy,
             false => &self.handover_tail.idle,
         };
         // Fibonacci hashing: neighbours are far apart.
         let hash = request.wrapping_mul(0x9E37_79B1);
-        parts[((u64::from(hash) * parts.len() as u64) >> 32) as usize]
+        let part = parts[((u64::from(hash) * parts.len() as u64) >> 32) as usize];
+        let bytes = f64::from(tokens) * self.block_bytes as f64 / f64::from(self.block_tokens);
+        part + self.handover_tail.seconds_per_byte * bytes
     }
 
     /// Tokens of a prompt and its answer that the profile covers in any case.

@@ -146,7 +146,7 @@ impl Cluster<'_> {
         }
         self.push(request, known, true)?;
         let busy = prefill.is_some_and(|prefill| self.engines[prefill as usize].has_others(request));
-        let tail = self.engines[decode as usize].model.handover_tail(request, busy);
+        let tail = self.engines[decode as usize].model.handover_tail(request, known, busy);
         let ends = self.journeys[request as usize]
             .pushed_until
             .max(now + Nanos::from_seconds(tail));

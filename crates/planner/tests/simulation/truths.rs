@@ -2,8 +2,9 @@
 //! means hide what percentiles miss.
 
 use crate::plain::{node, plain};
+use baton_planner::predict::{self, Case, Figures};
 use baton_planner::profile::{HandoverTail, NodeModel, estimate, gpu, model};
-use baton_planner::search::RateMatch;
+use baton_planner::search::{RateMatch, Split};
 use baton_planner::sim::{Outcome, SimOptions, simulate};
 use baton_planner::slo::{Metric, Slo};
 use baton_planner::stats;
@@ -64,7 +65,7 @@ fn m_g_1_waits_as_long_as_pollaczek_and_khinchine_say() {
 }
 
 #[test]
-fn a_hand_over_makes_the_first_gap_longer_and_more_so_where_its_prefill_node_goes_on() {
+fn a_hand_over_makes_the_first_gap_longer_by_its_size_and_more_so_where_its_prefill_node_goes_on() {
     let generator = Generator {
         requests: 2,
         arrivals: Arrivals::Even(10.0),
@@ -73,8 +74,9 @@ fn a_hand_over_makes_the_first_gap_longer_and_more_so_where_its_prefill_node_goe
     };
     let mut profile = plain(0.01);
     profile.handover_tail = HandoverTail {
-        idle: vec![0.002],
-        busy: vec![0.03],
+        idle: vec![0.001],
+        busy: vec![0.029],
+        seconds_per_byte: 0.001 / (1000.0 * profile.model.kv_bytes_per_token as f64),
     };
     let outcome = served(&generator.draw(1), &node(&profile), (1, 1), &Slo::default());
     let gaps: Vec<f64> = outcome.requests.iter().map(|r| r.tpot().unwrap().seconds()).collect();
@@ -163,4 +165,30 @@ fn means_hide_a_cliff() {
     assert!(shares[1] < 0.9, "the percentile says that it is not: {figures}");
     assert!(shares[2] >= 0.9, "one more is: {figures}");
     assert!(shares[0] < 0.5, "one less is off the cliff: {figures}");
+}
+
+#[test]
+fn what_is_expected_is_the_mean_over_machines_a_little_faster_and_slower() {
+    let profile = plain(0.01);
+    let slo = Slo::default();
+    let case = Case {
+        profile: &profile,
+        split: Split::of(1, 1),
+        policy: Policy::Predicted,
+        slo: &slo,
+    };
+    let generator = Generator {
+        requests: 20,
+        arrivals: Arrivals::Even(1.0),
+        inputs: Lengths::Constant(1000),
+        outputs: Lengths::Constant(2),
+    };
+    let workload = generator.draw(1);
+    let one = predict::predict(&case, &workload).unwrap();
+    let (figures, busy) = predict::expect(&case, &workload).unwrap();
+    let near = |a: f64, b: f64| (a / b - 1.0).abs() < 0.01;
+    let ttft = |figures: &Figures| figures.get("ttft_p50").unwrap();
+    assert!(near(ttft(&figures), ttft(&one.figures)), "nobody waits: {figures:?}");
+    assert!(near(busy[0], one.busy[0]) && near(busy[1], one.busy[1]), "{busy:?}");
+    assert_eq!(predict::expect(&case, &workload).unwrap(), (figures, busy));
 }

@@ -75,7 +75,7 @@ impl Profile {
         let steps = steps.await.map_err(|_| anyhow!("measuring steps panicked"))??;
         let longest = steps.longest;
         let probes = Probes {
-            lengths: [16, 64, 128, 256, 1024, 4096]
+            lengths: [16, 64, 128, 256, 1024, 2048, 4096]
                 .into_iter()
                 .filter(|length| *length + 64 < longest)
                 .collect(),

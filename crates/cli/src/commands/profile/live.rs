@@ -57,7 +57,7 @@ pub struct Probes<'a> {
     pub decode_beside: Option<&'a Grid>,
 }
 
-/// How many times as long as by the tables the steps of live nodes take, at the median.
+/// How many times as long as by the tables the steps of live nodes take.
 #[derive(Debug, Clone, Copy)]
 pub struct Slower {
     pub prefill: f64,
@@ -71,8 +71,10 @@ pub struct Slower {
 struct Said {
     sizes: BTreeMap<String, BTreeMap<u64, Vec<f64>>>,
     overheads: Vec<f64>,
-    tails: Vec<f64>,
-    prefill: Vec<f64>,
+    /// Bytes of the prompt's KV, and what the hand-over added to the first gap.
+    tails: Vec<(f64, f64)>,
+    /// By length: seconds by the table, and those that it took.
+    prefill: BTreeMap<u32, (f64, Vec<f64>)>,
     decode: Vec<f64>,
 }
 
@@ -85,8 +87,9 @@ impl Said {
             let ttft = observed.ttft().unwrap_or_default().as_secs_f64();
             self.overheads.push(ttft - computing);
         }
-        self.prefill
-            .push(computing / prompt_seconds(probes.prefill, probes.chunk_tokens, length)?);
+        let by_table = prompt_seconds(probes.prefill, probes.chunk_tokens, length)?;
+        let times = self.prefill.entry(length).or_insert((by_table, Vec::new()));
+        times.1.push(computing);
         // The first token is the prefill node's, the second one comes by itself: from then on it is only steps.
         let [first, second, later @ .., last] = &observed.frames[..] else {
             return Ok(());
@@ -97,7 +100,8 @@ impl Said {
         self.decode.push(step / by_table);
         if timeline.handover_bytes_per_second > 0 {
             let gap = second.at.saturating_sub(first.at).as_secs_f64();
-            self.tails.push(gap - step * f64::from(second.tokens));
+            let tail = gap - step * f64::from(second.tokens);
+            self.tails.push((timeline.handover_bytes as f64, tail));
             let took = timeline.handover_bytes as f64 / timeline.handover_bytes_per_second as f64;
             let path = self.sizes.entry(timeline.handover_path).or_default();
             path.entry(timeline.handover_bytes).or_default().push(took);
@@ -157,7 +161,7 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         kv_capacity_tokens: u64::from(blocks) * u64::from(probes.block_tokens),
         queue_max: queue_max.unwrap_or(0).max(1),
         slower: Slower {
-            prefill: median(alone.prefill),
+            prefill: all_in_all(alone.prefill),
             decode: median(alone.decode),
             decode_beside: median(busy.decode),
         },
@@ -166,10 +170,7 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
             .into_iter()
             .map(|(path, sizes)| table(path, sizes))
             .collect(),
-        handover_tail: HandoverTail {
-            idle: parts(alone.tails),
-            busy: parts(busy.tails),
-        },
+        handover_tail: handover_tail(&alone.tails, &busy.tails),
         request_overhead_s: median(alone.overheads).max(0.0),
         startup_s,
         role_change_s,
@@ -207,6 +208,36 @@ async fn beside_prompts(target: &Target, probes: &Probes<'_>) -> Result<Said> {
         ended = keeps_busy => ended.and_then(|()| bail!("the prompts that keep the prefill node busy ended")),
         said = asks => said,
     }
+}
+
+/// How many times as long as by the table all lengths take together, each at its median: time queues up, not prompts.
+fn all_in_all(lengths: BTreeMap<u32, (f64, Vec<f64>)>) -> f64 {
+    let by_table: f64 = lengths.values().map(|(by_table, _)| by_table).sum();
+    let took: f64 = lengths.into_values().map(|(_, times)| median(times)).sum();
+    took / by_table
+}
+
+/// Prompts of all sizes tell what a byte adds, and each list what comes on top of that.
+fn handover_tail(idle: &[(f64, f64)], busy: &[(f64, f64)]) -> HandoverTail {
+    let seconds_per_byte = slope(idle).max(0.0);
+    let on_top = |tails: &[(f64, f64)]| {
+        let each = tails.iter().map(|(bytes, seconds)| seconds - bytes * seconds_per_byte);
+        parts(each.collect())
+    };
+    HandoverTail {
+        idle: on_top(idle),
+        busy: on_top(busy),
+        seconds_per_byte,
+    }
+}
+
+/// Of the lines through each two points (Theil and Sen): single late ones do not tilt it.
+fn slope(points: &[(f64, f64)]) -> f64 {
+    let pairs = points.iter().enumerate().flat_map(|(index, a)| {
+        let later = points[index + 1..].iter().filter(|b| b.0 != a.0);
+        later.map(|b| (b.1 - a.1) / (b.0 - a.0))
+    });
+    median(pairs.collect())
 }
 
 /// The middles of even parts of what was measured, rising.
@@ -321,5 +352,17 @@ mod tests {
         let parts = super::parts((0..100).rev().map(f64::from).collect());
         assert_eq!((parts.len(), parts[0], parts[19]), (20, 2.0, 97.0));
         assert_eq!(super::parts(vec![-1.0, 3.0])[..], [[0.0; 10], [3.0; 10]].concat()[..]);
+    }
+
+    #[test]
+    fn what_a_byte_adds_is_told_apart_from_what_a_hand_over_does() {
+        let idle: Vec<(f64, f64)> = (1..=40)
+            .map(|size| (f64::from(size), 2.0 + f64::from(size) / 4.0))
+            .collect();
+        let late = [&idle[..], &[(3.0, 900.0)]].concat();
+        let tail = super::handover_tail(&late, &[(4.0, 6.0)]);
+        assert_eq!((tail.seconds_per_byte, tail.idle[0], tail.busy[0]), (0.25, 2.0, 5.0));
+        let none = super::handover_tail(&[(1.0, 3.0), (2.0, 1.0)], &[]);
+        assert_eq!(none.seconds_per_byte, 0.0, "larger ones are not faster");
     }
 }

@@ -159,13 +159,13 @@ impl Validate {
             let rate = highest * load;
             let mut workload = workload.clone();
             workload.at_rate(rate)?;
-            let forecast = predict::predict(&case, &workload)?;
+            let (figures, busy) = predict::expect(&case, &workload)?;
             Ok(Case {
                 division,
                 load: *load,
                 rate,
-                busy: forecast.busy,
-                figures: forecast.figures,
+                busy,
+                figures,
             })
         };
         self.loads.iter().map(at).collect()
