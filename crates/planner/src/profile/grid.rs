@@ -66,6 +66,11 @@ impl Grid {
         self.seconds.iter_mut().flatten().for_each(|seconds| *seconds *= times);
     }
 
+    /// Makes all values at one point of `y` so many times as long.
+    pub fn scale_column(&mut self, column: usize, times: f64) {
+        self.seconds.iter_mut().for_each(|row| row[column] *= times);
+    }
+
     /// A step that goes for these shares of its time as fast as in other grids of the same points, and otherwise as in this one.
     pub(super) fn mixed_with(&self, others: [(&Self, f64); 2]) -> Self {
         let rest = 1.0 - others.iter().map(|(_, share)| share).sum::<f64>();

@@ -149,8 +149,8 @@ impl Profile {
                 live.probes
             ),
             format!(
-                "steps are scaled to those of the live pair: prompts {:.3}, decoding {:.3}, decoding beside prompts {:.3}",
-                slower.prefill, slower.decode, slower.decode_beside
+                "steps are scaled to those of the live pair: first chunks {:.3}, later ones {:.3}, decoding {:.3}, decoding beside prompts {:.3}",
+                slower.first_chunk, slower.later_chunks, slower.decode, slower.decode_beside
             ),
         ];
         ProfileFile {
@@ -187,12 +187,18 @@ impl Profile {
 
 /// Figures that say by themselves that something else ran.
 fn warn_of_noise(tables: &Tables, slower: Slower) {
-    let live = [slower.prefill, slower.decode, slower.decode_beside];
+    let Slower {
+        first_chunk,
+        later_chunks,
+        decode,
+        decode_beside,
+    } = slower;
+    let live = [first_chunk, later_chunks, decode, decode_beside];
     if live.iter().any(|times| !(0.8..1.5).contains(times)) {
         eprintln!(
-            "baton: steps of live nodes took {:.2} (prompts), {:.2} and {:.2} (decoding, alone and beside prompts) times as long as \
-             those of the engine alone; more than 1.5 or less than 0.8 means that something else ran, measure again",
-            slower.prefill, slower.decode, slower.decode_beside
+            "baton: steps of live nodes took {first_chunk:.2} and {later_chunks:.2} (prompts: first chunks, later ones), {decode:.2} and \
+             {decode_beside:.2} (decoding, alone and beside prompts) times as long as those of the engine alone; more than 1.5 or less \
+             than 0.8 means that something else ran, measure again"
         );
     }
     let between = tables.residuals.iter().fold(0.0, |most, r| r.p50.max(most));

@@ -60,7 +60,10 @@ pub struct Probes<'a> {
 /// How many times as long as by the tables the steps of live nodes take.
 #[derive(Debug, Clone, Copy)]
 pub struct Slower {
-    pub prefill: f64,
+    /// The first chunk of a prompt.
+    pub first_chunk: f64,
+    /// Chunks behind others: live, those were computed just before.
+    pub later_chunks: f64,
     pub decode: f64,
     /// Decoding while the prefill node computes.
     pub decode_beside: f64,
@@ -73,13 +76,13 @@ struct Said {
     overheads: Vec<f64>,
     /// Bytes of the prompt's KV, and what the hand-over added to the first gap.
     tails: Vec<(f64, f64)>,
-    /// By length: seconds by the table, and those that it took.
-    prefill: BTreeMap<u32, (f64, Vec<f64>)>,
+    /// By length: the seconds that prompts took.
+    prefill: BTreeMap<u32, Vec<f64>>,
     decode: Vec<f64>,
 }
 
 impl Said {
-    fn add(&mut self, probes: &Probes<'_>, decode: &Grid, length: u32, observed: &Observed) -> Result<()> {
+    fn add(&mut self, decode: &Grid, length: u32, observed: &Observed) -> Result<()> {
         let timeline = observed.timeline.clone().unwrap_or_default();
         let seconds = |us: u64| us as f64 / 1e6;
         let computing = seconds(timeline.prefill_us);
@@ -87,9 +90,7 @@ impl Said {
             let ttft = observed.ttft().unwrap_or_default().as_secs_f64();
             self.overheads.push(ttft - computing);
         }
-        let by_table = prompt_seconds(probes.prefill, probes.chunk_tokens, length)?;
-        let times = self.prefill.entry(length).or_insert((by_table, Vec::new()));
-        times.1.push(computing);
+        self.prefill.entry(length).or_default().push(computing);
         // The first token is the prefill node's, the second one comes by itself: from then on it is only steps.
         let [first, second, later @ .., last] = &observed.frames[..] else {
             return Ok(());
@@ -149,11 +150,12 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
             let observed = ask(&target, name, *length, OUTPUT).await?;
             // The first round only warms connections and caches.
             if round > 0 {
-                alone.add(probes, probes.decode, *length, &observed)?;
+                alone.add(probes.decode, *length, &observed)?;
             }
         }
     }
     let busy = beside_prompts(&target, probes).await?;
+    let (first_chunk, later_chunks) = chunks(probes, alone.prefill)?;
     let role_change_s = change_role(&channel, &nodes).await?;
     let drain_s = drain(&channel, &nodes).await?;
     Ok(Live {
@@ -161,7 +163,8 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         kv_capacity_tokens: u64::from(blocks) * u64::from(probes.block_tokens),
         queue_max: queue_max.unwrap_or(0).max(1),
         slower: Slower {
-            prefill: all_in_all(alone.prefill),
+            first_chunk,
+            later_chunks,
             decode: median(alone.decode),
             decode_beside: median(busy.decode),
         },
@@ -195,12 +198,7 @@ async fn beside_prompts(target: &Target, probes: &Probes<'_>) -> Result<Said> {
         let mut said = Said::default();
         for (index, length) in lengths.iter().cycle().take(count).enumerate() {
             let observed = ask(target, 1_000_000 + index as u64, *length, OUTPUT).await?;
-            said.add(
-                probes,
-                probes.decode_beside.unwrap_or(probes.decode),
-                *length,
-                &observed,
-            )?;
+            said.add(probes.decode_beside.unwrap_or(probes.decode), *length, &observed)?;
         }
         Ok(said)
     };
@@ -210,11 +208,29 @@ async fn beside_prompts(target: &Target, probes: &Probes<'_>) -> Result<Said> {
     }
 }
 
-/// How many times as long as by the table all lengths take together, each at its median: time queues up, not prompts.
-fn all_in_all(lengths: BTreeMap<u32, (f64, Vec<f64>)>) -> f64 {
-    let by_table: f64 = lengths.values().map(|(by_table, _)| by_table).sum();
-    let took: f64 = lengths.into_values().map(|(_, times)| median(times)).sum();
-    took / by_table
+/// How many times as long as by the table first chunks take, and later ones: all lengths together, each at its median, since time queues
+/// up, not prompts.
+fn chunks(probes: &Probes<'_>, lengths: BTreeMap<u32, Vec<f64>>) -> Result<(f64, f64)> {
+    let (mut short, mut long) = (Vec::new(), Vec::new());
+    for (length, times) in lengths {
+        let first = prompt_seconds(probes.prefill, probes.chunk_tokens, length.min(probes.chunk_tokens))?;
+        let later = prompt_seconds(probes.prefill, probes.chunk_tokens, length)? - first;
+        let kind = if later > 0.0 { &mut long } else { &mut short };
+        kind.push((first, later, median(times)));
+    }
+    let (first, later, took) = sums(&long);
+    // Where no prompt has one chunk, or none has two, nothing tells the two kinds apart.
+    let first_chunk = match sums(&short) {
+        (by_table, _, took) if by_table > 0.0 => took / by_table,
+        _ => took / (first + later),
+    };
+    let left = (took - first_chunk * first) / later;
+    Ok((first_chunk, if left > 0.0 { left } else { first_chunk }))
+}
+
+fn sums(parts: &[(f64, f64, f64)]) -> (f64, f64, f64) {
+    let add = |sum: (f64, f64, f64), part: &(f64, f64, f64)| (sum.0 + part.0, sum.1 + part.1, sum.2 + part.2);
+    parts.iter().fold((0.0, 0.0, 0.0), add)
 }
 
 /// Prompts of all sizes tell what a byte adds, and each list what comes on top of that.
@@ -347,6 +363,39 @@ async fn drain(channel: &Channel, nodes: &[NodeStatus]) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::{Grid, Probes, chunks};
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn first_chunks_and_later_ones_are_told_apart() {
+        // A token takes a second, and one more behind 100 of context.
+        let table = Grid::of(vec![0.0, 100.0], vec![0.0, 1000.0], |new, context| {
+            new + context / 100.0
+        });
+        let probes = Probes {
+            lengths: Vec::new(),
+            repeat: 1,
+            chunk_tokens: 100,
+            block_tokens: 16,
+            prefill: &table,
+            decode: &table,
+            decode_beside: None,
+        };
+        let told = |prompts: &[(u32, f64)]| {
+            let times = prompts.iter().map(|(length, took)| (*length, vec![*took; 3]));
+            chunks(&probes, times.collect::<BTreeMap<_, _>>()).unwrap()
+        };
+        let close = |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() + (b - d).abs() < 1e-9;
+        // 300 tokens: 100 s for the first chunk, then 101 and 102.
+        let both = told(&[(10, 11.0), (100, 110.0), (300, 110.0 + 0.9 * 203.0)]);
+        assert!(close(both, (1.1, 0.9)), "{both:?}");
+        let (short, long) = (told(&[(10, 11.0)]), told(&[(300, 1.2 * 303.0)]));
+        assert!(
+            close(short, (1.1, 1.1)) && close(long, (1.2, 1.2)),
+            "{short:?} {long:?}"
+        );
+    }
+
     #[test]
     fn a_tail_is_told_by_the_middles_of_even_parts() {
         let parts = super::parts((0..100).rev().map(f64::from).collect());

@@ -37,12 +37,24 @@ pub struct Tables {
 impl Tables {
     /// Makes them those of live nodes.
     pub fn scale(&mut self, slower: Slower) {
-        self.prefill.scale(slower.prefill);
+        let prompts = |grid: &mut Grid| {
+            for (column, context) in grid.y.clone().into_iter().enumerate() {
+                grid.scale_column(
+                    column,
+                    if context > 0.0 {
+                        slower.later_chunks
+                    } else {
+                        slower.first_chunk
+                    },
+                );
+            }
+        };
+        prompts(&mut self.prefill);
         self.decode.scale(slower.decode);
         self.mixed_saves_s *= slower.decode;
         if let Some(Contended { prefilling, decoding }) = &mut self.contended {
-            prefilling.prefill.scale(slower.prefill);
-            decoding.prefill.scale(slower.prefill);
+            prompts(&mut prefilling.prefill);
+            prompts(&mut decoding.prefill);
             prefilling.decode.scale(slower.decode_beside);
             decoding.decode.scale(slower.decode);
         }
