@@ -4,9 +4,6 @@
 #
 #   bench/validate.sh MODEL TRACE [FOLDER]
 #
-# AWAKE=1 keeps the CPUs awake with loops of idle priority: some hosts slow two virtual CPUs down that wake together
-# (bench/together.py tells).
-#
 # REQUESTS (300), LENGTHS (1/32), SLO, DIVISIONS, REPEAT (of the profile's points, 5) and RUNS (2) can be set in the environment.
 set -euo pipefail
 model=${1:?a model file} trace=${2:?a trace} out=${3:-validation}
@@ -14,14 +11,6 @@ model=${1:?a model file} trace=${2:?a trace} out=${3:-validation}
 slo=${SLO:-ttft_p90=8s,tpot_p90=150ms}
 
 cargo build --release --locked -p baton
-if [ -n "${AWAKE:-}" ]; then
-  loops=()
-  trap 'kill "${loops[@]}"' EXIT
-  for cpu in $(seq 0 $(($(nproc) - 1))); do
-    chrt --idle 0 taskset -c "$cpu" sh -c 'while :; do :; done' &
-    loops+=($!)
-  done
-fi
 baton=target/release/baton
 mkdir -p "$out"
 if [ ! -f "$out/profile.json" ]; then

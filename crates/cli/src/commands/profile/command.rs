@@ -84,6 +84,7 @@ impl Profile {
             block_tokens: BLOCK_TOKENS,
             prefill: &steps.tables.prefill,
             decode: &steps.tables.decode,
+            prefill_beside: steps.tables.contended.as_ref().map(|c| &c.prefilling.prefill),
             decode_beside: steps.tables.contended.as_ref().map(|c| &c.prefilling.decode),
         };
         let live = live::measure(&self.pair(model), &probes).await?;
@@ -149,8 +150,8 @@ impl Profile {
                 live.probes
             ),
             format!(
-                "steps are scaled to those of the live pair: first chunks {:.3}, later ones {:.3}, decoding {:.3}, decoding beside prompts {:.3}",
-                slower.first_chunk, slower.later_chunks, slower.decode, slower.decode_beside
+                "steps are scaled to those of the live pair: first chunks {:.3}, later ones {:.3}, decoding {:.3}, beside prompts decoding {:.3} and prompts {:.3}",
+                slower.first_chunk, slower.later_chunks, slower.decode, slower.decode_beside, slower.prompts_beside
             ),
         ];
         ProfileFile {
@@ -192,13 +193,14 @@ fn warn_of_noise(tables: &Tables, slower: Slower) {
         later_chunks,
         decode,
         decode_beside,
+        prompts_beside,
     } = slower;
-    let live = [first_chunk, later_chunks, decode, decode_beside];
+    let live = [first_chunk, later_chunks, decode, decode_beside, prompts_beside];
     if live.iter().any(|times| !(0.8..1.5).contains(times)) {
         eprintln!(
-            "baton: steps of live nodes took {first_chunk:.2} and {later_chunks:.2} (prompts: first chunks, later ones), {decode:.2} and \
-             {decode_beside:.2} (decoding, alone and beside prompts) times as long as those of the engine alone; more than 1.5 or less \
-             than 0.8 means that something else ran, measure again"
+            "baton: steps of live nodes took {first_chunk:.2} and {later_chunks:.2} (prompts: first chunks, later ones), {decode:.2} \
+             (decoding), and beside prompts {decode_beside:.2} (decoding) and {prompts_beside:.2} (prompts) times as long as those of the \
+             engine; more than 1.5 or less than 0.8 means that something else ran, measure again"
         );
     }
     let between = tables.residuals.iter().fold(0.0, |most, r| r.p50.max(most));

@@ -1,10 +1,11 @@
 //! What only a pair of live nodes shows: hand-overs, what the coordinator and the network add, KV capacity, start and change of role,
 //! and how much longer the steps of nodes take than those of an engine by itself: nodes send, receive and answer meanwhile. Requests
-//! go one by one, so nothing queues; then once more while the prefill node computes other prompts all the time.
+//! go one by one, so nothing queues; then once more while the prefill node computes other prompts all the time; then two at once, one to
+//! each node, with pauses. It is means that count: a queue waits for the slow steps too.
 
 use super::tables::median;
 use crate::cluster::{Cluster, ClusterOptions};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_load::{BatonTarget, Observed, Planned, Prompt, Prompts, Target};
 use baton_node_runtime::Supervisor;
 use baton_planner::profile::{Grid, HandoverPath, HandoverTail};
@@ -17,9 +18,13 @@ use tonic::transport::Channel;
 /// Tokens of each probe's answer.
 const OUTPUT: u32 = 12;
 /// Probes beside a busy prefill node, for each time that a point is measured: enough of them to tell the tail of hand-overs.
-const BUSY_PROBES: usize = 20;
+const BUSY_PROBES: usize = 40;
 /// What keeps the prefill node busy.
 const BUSY_PROMPT: u32 = 1024;
+/// Pairs of prompts at once, for each time that a point is measured.
+const PAIRS: usize = 12;
+/// Before each pair: nodes under load have pauses too, and CPUs that begin together can be slower than ones that go on.
+const PAUSES_MS: [u64; 5] = [300, 900, 100, 1500, 600];
 /// Even parts of the hand-overs, by what they add to the first gap.
 const TAIL_PARTS: usize = 20;
 /// Longer prompts are not measured more than twice: they take seconds, and only their hand-over is of interest.
@@ -53,7 +58,8 @@ pub struct Probes<'a> {
     pub block_tokens: u32,
     pub prefill: &'a Grid,
     pub decode: &'a Grid,
-    /// Decoding beside a node that prefills, where that was measured.
+    /// Prompts, and decoding, beside a node that prefills, where that was measured.
+    pub prefill_beside: Option<&'a Grid>,
     pub decode_beside: Option<&'a Grid>,
 }
 
@@ -67,6 +73,8 @@ pub struct Slower {
     pub decode: f64,
     /// Decoding while the prefill node computes.
     pub decode_beside: f64,
+    /// Prompts while the other node computes one as well.
+    pub prompts_beside: f64,
 }
 
 /// What the probes said.
@@ -78,7 +86,8 @@ struct Said {
     tails: Vec<(f64, f64)>,
     /// By length: the seconds that prompts took.
     prefill: BTreeMap<u32, Vec<f64>>,
-    decode: Vec<f64>,
+    /// Seconds of a step by the table, and those that it took.
+    decode: Vec<(f64, f64)>,
 }
 
 impl Said {
@@ -98,7 +107,7 @@ impl Said {
         let count = later.iter().map(|frame| frame.tokens).sum::<u32>() + last.tokens;
         let step = last.at.saturating_sub(second.at).as_secs_f64() / f64::from(count);
         let by_table = decode.at(1.0, f64::from(length + OUTPUT / 2), ["batch", "context"])?;
-        self.decode.push(step / by_table);
+        self.decode.push((by_table, step));
         if timeline.handover_bytes_per_second > 0 {
             let gap = second.at.saturating_sub(first.at).as_secs_f64();
             let tail = gap - step * f64::from(second.tokens);
@@ -155,8 +164,10 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         }
     }
     let busy = beside_prompts(&target, probes).await?;
-    let (first_chunk, later_chunks) = chunks(probes, alone.prefill)?;
     let role_change_s = change_role(&channel, &nodes).await?;
+    // Both decode now, so each computes its own prompts.
+    let at_once = two_at_once(&target, probes).await?;
+    let (first_chunk, later_chunks) = chunks(probes, alone.prefill)?;
     let drain_s = drain(&channel, &nodes).await?;
     Ok(Live {
         model,
@@ -165,8 +176,9 @@ async fn probe(cluster: &Cluster, probes: &Probes<'_>, startup_s: f64) -> Result
         slower: Slower {
             first_chunk,
             later_chunks,
-            decode: median(alone.decode),
-            decode_beside: median(busy.decode),
+            decode: all_in_all(&alone.decode),
+            decode_beside: all_in_all(&busy.decode),
+            prompts_beside: all_in_all(&at_once),
         },
         handover: alone
             .sizes
@@ -208,15 +220,50 @@ async fn beside_prompts(target: &Target, probes: &Probes<'_>) -> Result<Said> {
     }
 }
 
-/// How many times as long as by the table first chunks take, and later ones: all lengths together, each at its median, since time queues
-/// up, not prompts.
+/// Prompts two by two, each on a node of its own: seconds by the table, and those that they took.
+async fn two_at_once(target: &Target, probes: &Probes<'_>) -> Result<Vec<(f64, f64)>> {
+    let count = PAIRS * probes.repeat;
+    eprintln!("baton: {count} times two prompts at once, one to each node");
+    let table = probes.prefill_beside.unwrap_or(probes.prefill);
+    let lengths: Vec<u32> = probes.lengths.iter().copied().filter(|l| *l <= LONG).collect();
+    // Short ones end before it shows.
+    let lengths = &lengths[lengths.len().saturating_sub(2)..];
+    let mut times = Vec::new();
+    for pair in 0..count {
+        tokio::time::sleep(Duration::from_millis(PAUSES_MS[pair % PAUSES_MS.len()])).await;
+        let length = lengths[pair % lengths.len()];
+        let name = 3_000_000 + 2 * pair as u64;
+        let (one, other) = tokio::try_join!(ask(target, name, length, 1), ask(target, name + 1, length, 1))?;
+        let timelines = [one.timeline.unwrap_or_default(), other.timeline.unwrap_or_default()];
+        if timelines[0].decode_node == timelines[1].decode_node {
+            continue;
+        }
+        let by_table = prompt_seconds(table, probes.chunk_tokens, length)?;
+        times.extend(timelines.map(|timeline| (by_table, timeline.prefill_us as f64 / 1e6)));
+    }
+    ensure!(
+        !times.is_empty(),
+        "two prompts at once always went to one node: nothing tells how long they take on two"
+    );
+    Ok(times)
+}
+
+/// How many times as long as by the tables they take, all in all: time queues up, not steps.
+fn all_in_all(times: &[(f64, f64)]) -> f64 {
+    let (by_table, took) = times
+        .iter()
+        .fold((0.0, 0.0), |sum, (by_table, took)| (sum.0 + by_table, sum.1 + took));
+    took / by_table
+}
+
+/// How many times as long as by the table first chunks take, and later ones: all lengths together, each at its mean.
 fn chunks(probes: &Probes<'_>, lengths: BTreeMap<u32, Vec<f64>>) -> Result<(f64, f64)> {
     let (mut short, mut long) = (Vec::new(), Vec::new());
     for (length, times) in lengths {
         let first = prompt_seconds(probes.prefill, probes.chunk_tokens, length.min(probes.chunk_tokens))?;
         let later = prompt_seconds(probes.prefill, probes.chunk_tokens, length)? - first;
         let kind = if later > 0.0 { &mut long } else { &mut short };
-        kind.push((first, later, median(times)));
+        kind.push((first, later, times.iter().sum::<f64>() / times.len() as f64));
     }
     let (first, later, took) = sums(&long);
     // Where no prompt has one chunk, or none has two, nothing tells the two kinds apart.
@@ -379,6 +426,7 @@ mod tests {
             block_tokens: 16,
             prefill: &table,
             decode: &table,
+            prefill_beside: None,
             decode_beside: None,
         };
         let told = |prompts: &[(u32, f64)]| {

@@ -37,7 +37,7 @@ pub struct Tables {
 impl Tables {
     /// Makes them those of live nodes.
     pub fn scale(&mut self, slower: Slower) {
-        let prompts = |grid: &mut Grid| {
+        let by_chunk = |grid: &mut Grid| {
             for (column, context) in grid.y.clone().into_iter().enumerate() {
                 grid.scale_column(
                     column,
@@ -49,12 +49,12 @@ impl Tables {
                 );
             }
         };
-        prompts(&mut self.prefill);
+        by_chunk(&mut self.prefill);
         self.decode.scale(slower.decode);
         self.mixed_saves_s *= slower.decode;
         if let Some(Contended { prefilling, decoding }) = &mut self.contended {
-            prompts(&mut prefilling.prefill);
-            prompts(&mut decoding.prefill);
+            prefilling.prefill.scale(slower.prompts_beside);
+            by_chunk(&mut decoding.prefill);
             prefilling.decode.scale(slower.decode_beside);
             decoding.decode.scale(slower.decode);
         }
