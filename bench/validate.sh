@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # How near plans are to a cluster on this machine: profiles it, predicts, keeps the predictions, replays, and writes the table
-# for docs/planner.md. Takes 75 minutes (DIVISIONS=1+1:local: 25); nothing else should run meanwhile.
+# for docs/planner.md. Takes 75 minutes (DIVISIONS=1+1:local: 25), and 5 more for each replay that is repeated; nothing else should
+# run meanwhile.
 #
 #   bench/validate.sh MODEL TRACE [FOLDER]
 #
-# REQUESTS (300), LENGTHS (1/32), SLO, DIVISIONS, REPEAT (of the profile's points, 5) and RUNS (2) can be set in the environment.
+# REQUESTS (300), LENGTHS (1/32), SLO, DIVISIONS, REPEAT (of the profile's points, 5), RUNS (2) and AGAIN (replays that may be repeated,
+# 3) can be set in the environment.
 set -euo pipefail
 model=${1:?a model file} trace=${2:?a trace} out=${3:-validation}
 # The longest prompts take some seconds alone: a bound near that would ask for next to no load where one node computes them all.
@@ -17,7 +19,7 @@ if [ ! -f "$out/profile.json" ]; then
   "$baton" profile --model "$model" --threads 1 --neighbours 1 --repeat "${REPEAT:-5}" --out "$out/profile.json"
 fi
 question=(--profile "$out/profile.json" --trace "$trace" --lengths "${LENGTHS:-1/32}" --requests "${REQUESTS:-300}" --slo "$slo")
-validate=("$baton" validate --model "$model" --threads 1 "${question[@]}" --divisions "${DIVISIONS:-1+1,1+1:local,0+2}" --runs "${RUNS:-2}" --out "$out")
+validate=("$baton" validate --model "$model" --threads 1 "${question[@]}" --divisions "${DIVISIONS:-1+1,1+1:local,0+2}" --runs "${RUNS:-2}" --again "${AGAIN:-3}" --out "$out")
 "${validate[@]}" --predict-only
 sha256sum "$out/predictions.json" | tee "$out/predictions.sha256"
 "${validate[@]}" || echo "some figures are farther off than is promised"

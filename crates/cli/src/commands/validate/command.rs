@@ -5,13 +5,14 @@ use super::super::workload::{WorkloadOptions, parse_factor};
 use super::division::Division;
 use super::report;
 use super::runs::Runs;
-use super::stored::{Case, Measured, Predictions, write};
+use super::stored::{Case, Measured, Predictions, SetAside, write};
 use crate::models::ModelSource;
 use anyhow::{Context, Result, bail, ensure};
 use baton_planner::predict::{self, highest_rate};
 use baton_planner::profile::Profile;
 use baton_planner::slo::Slo;
 use baton_planner::workload::Workload;
+use std::collections::VecDeque;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +53,10 @@ pub struct Validate {
     /// Replays of each division and load: so many rounds through all of them
     #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
+    /// How many replays may be repeated in all, after the last round, because the idle machine was more than 10% off its profile before
+    /// or after them: what they measured is told, but not compared
+    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=100))]
+    again: u32,
     /// Folder for predictions.json, results.json and report.md
     #[arg(long, value_name = "FOLDER", default_value = "validation")]
     out: PathBuf,
@@ -80,20 +85,30 @@ impl Validate {
         };
         let mut measured: Vec<Measured> = predictions.cases.iter().map(Measured::none).collect();
         // In rounds: replays of a case that follow each other would meet the same minutes of the machine, and agree too well.
-        for number in 0..self.runs {
-            for index in 0..measured.len() {
-                // Arrivals are the same in all runs, prompts are not.
-                let salt = 1 + index as u64 * 1000 + u64::from(number);
-                let Some((summary, speeds)) = runs.replay(&measured[index].case, salt).await? else {
-                    eprintln!("baton: interrupted: the replay under way does not count");
-                    measured.retain(|measured| !measured.runs.is_empty());
-                    self.conclude(&measured)?;
-                    return Ok(ExitCode::from(INTERRUPTED));
-                };
-                measured[index].runs.push(summary);
-                measured[index].machine.push(speeds);
-                write(&self.out.join("results.json"), &measured)?;
+        let rounds = (0..self.runs).flat_map(|_| 0..predictions.cases.len());
+        let mut line: VecDeque<usize> = rounds.collect();
+        let mut may_repeat = self.again;
+        while let Some(index) = line.pop_front() {
+            let of = &mut measured[index];
+            // Arrivals are the same in all runs, prompts are not.
+            let salt = 1 + (index * 1000 + of.runs.len() + of.set_aside.len()) as u64;
+            let Some((summary, machine)) = runs.replay(&of.case, salt).await? else {
+                eprintln!("baton: interrupted: the replay under way does not count");
+                measured.retain(|measured| !measured.runs.is_empty());
+                self.conclude(&measured)?;
+                return Ok(ExitCode::from(INTERRUPTED));
+            };
+            // Decided by the idle machine alone, whatever the replay measured.
+            if may_repeat > 0 && machine.iter().any(|speed| speed.is_changed()) {
+                may_repeat -= 1;
+                eprintln!("baton: this replay is set aside, and repeated after the others");
+                line.push_back(index);
+                of.set_aside.push(SetAside { summary, machine });
+            } else {
+                of.runs.push(summary);
+                of.machine.push(machine);
             }
+            write(&self.out.join("results.json"), &measured)?;
         }
         self.conclude(&measured)?;
         profile.error_bars = report::error_bars(&measured, &predictions.workload);

@@ -2,7 +2,7 @@
 
 use super::super::replay::figures;
 use super::speed::Speed;
-use super::stored::Measured;
+use super::stored::{Measured, SetAside};
 use baton_planner::predict::{Comparison, Figures, compare};
 use baton_planner::profile::ErrorBar;
 use std::fmt::Write as _;
@@ -61,6 +61,21 @@ pub fn markdown(all: &[Measured]) -> String {
             case.division,
             100.0 * case.load
         );
+    }
+    for Measured { case, set_aside, .. } in all {
+        for SetAside { summary, machine } in set_aside {
+            let Speed { prompts, steps } = Speed::worst(machine);
+            let (division, load) = (case.division, 100.0 * case.load);
+            let measured = compare(&case.figures, &[figures(summary)]);
+            let promised: Vec<&Comparison> = measured.iter().filter(|row| row.allowed.is_some()).collect();
+            let held = promised.iter().filter(|row| row.holds()).count();
+            let _ = writeln!(
+                out,
+                "\nSet aside: a replay of {division} at {load:.0}%, with prompts of {prompts:.2}x and steps of {steps:.2}x; {held} of its {} \
+                 figures would have held.",
+                promised.len()
+            );
+        }
     }
     out
 }

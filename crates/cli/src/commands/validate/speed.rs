@@ -43,6 +43,20 @@ impl Speed {
         })
     }
 
+    /// What is farthest from the profile of several.
+    pub fn worst(of: &[Self]) -> Self {
+        let far = |what: fn(&Self) -> f64| {
+            of.iter()
+                .map(what)
+                .max_by(|a, b| (a - 1.0).abs().total_cmp(&(b - 1.0).abs()))
+                .unwrap_or(1.0)
+        };
+        Self {
+            prompts: far(|speed| speed.prompts),
+            steps: far(|speed| speed.steps),
+        }
+    }
+
     /// It differs from the profile's by more than it may.
     pub fn is_changed(self) -> bool {
         [self.prompts, self.steps]

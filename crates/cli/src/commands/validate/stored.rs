@@ -39,6 +39,17 @@ pub struct Measured {
     pub runs: Vec<Summary>,
     /// Before and after each replay.
     pub machine: Vec<[Speed; 2]>,
+    /// Replays that do not count, since the machine was not what was profiled.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub set_aside: Vec<SetAside>,
+}
+
+/// A replay that was repeated.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SetAside {
+    pub summary: Summary,
+    /// Before and after it.
+    pub machine: [Speed; 2],
 }
 
 impl Measured {
@@ -48,6 +59,7 @@ impl Measured {
             case: case.clone(),
             runs: Vec::new(),
             machine: Vec::new(),
+            set_aside: Vec::new(),
         }
     }
 }
