@@ -1,6 +1,6 @@
 //! The flags, and the order: predict, keep, replay, compare.
 
-use super::super::signals::INTERRUPTED;
+use super::super::signals::{INTERRUPTED, unless_interrupted};
 use super::super::workload::{WorkloadOptions, parse_factor};
 use super::division::Division;
 use super::report;
@@ -92,7 +92,9 @@ impl Validate {
             let of = &mut measured[index];
             // Arrivals are the same in all runs, prompts are not.
             let salt = 1 + (index * 1000 + of.runs.len() + of.set_aside.len()) as u64;
-            let Some((summary, machine)) = runs.replay(&of.case, salt).await? else {
+            // Ctrl-C counts while a cluster starts, too: its nodes end with this process.
+            let replayed = unless_interrupted(runs.replay(&of.case, salt)).await?.transpose()?;
+            let Some((summary, machine)) = replayed.flatten() else {
                 eprintln!("baton: interrupted: the replay under way does not count");
                 measured.retain(|measured| !measured.runs.is_empty());
                 self.conclude(&measured)?;
