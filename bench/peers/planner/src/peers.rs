@@ -10,7 +10,7 @@ use aisimulate_core::replay::{
 };
 use aisimulate_core::{ReplaySpec, Replayer, TimingModel};
 use anyhow::{Context, Result, ensure};
-use baton_planner::profile::{DecodeRow, NodeModel, Profile, estimate, gpu, model};
+use baton_planner::profile::{DecodeRow, Neighbour, NodeModel, Profile, estimate, gpu, model};
 use baton_planner::sim::{SimOptions, simulate};
 use baton_planner::slo::{Metric, Slo};
 use baton_planner::workload::read;
@@ -109,7 +109,7 @@ struct Steps {
 
 impl Steps {
     fn new(node: &Arc<NodeModel>) -> Result<Self> {
-        let decode = (1..=RUNNING_MAX as u32).map(|batch| node.decode_row(batch));
+        let decode = (1..=RUNNING_MAX as u32).map(|batch| node.decode_row(batch, Neighbour::Idle));
         Ok(Self {
             node: Arc::clone(node),
             decode: decode.collect::<Result<_, _>>()?,
@@ -132,7 +132,7 @@ impl TimingModel for Steps {
         let (each, chunk) = (mean_isl.saturating_sub(mean_prefix), self.node.chunk_tokens as usize);
         let mut parts = vec![(each as u32, mean_prefix as u32); batch_size];
         parts[0].0 -= (each * batch_size).saturating_sub(chunk).min(each - 1) as u32;
-        Ok(self.node.prefill_step(&parts)? * 1e3)
+        Ok(self.node.prefill_step(&parts, Neighbour::Idle)? * 1e3)
     }
 
     fn predict_decode_ms(&self, batch_size: usize, active_kv_tokens: usize, _: usize, _: usize) -> Result<f64> {

@@ -1,8 +1,7 @@
-//! The simulation of a cluster whose nodes may share a machine: what each node computes while others do decides how fast they are, so
-//! it is simulated until the two agree. Shares are of the time in which a node computes: a burst keeps all of them busy at once.
+//! What a cluster is expected to do, its nodes on one machine where the profile knows neighbours.
 
 use super::Figures;
-use crate::profile::{Beside, NodeModel, Profile};
+use crate::profile::{NodeModel, Profile};
 use crate::search::{PlanError, Split};
 use crate::sim::{NodeUse, Outcome, SimError, SimOptions, simulate};
 use crate::slo::Slo;
@@ -10,8 +9,6 @@ use crate::workload::Workload;
 use baton_scheduling::Policy;
 use std::sync::Arc;
 
-/// Rounds until busy shares and speeds agree. They settle fast: a round changes shares by a tenth of what the one before did.
-const ROUNDS: usize = 4;
 /// Rates are found within this share.
 const PRECISION: f64 = 0.02;
 /// So many machines are expected to do what one will, the fastest and the slowest this share away from what was profiled.
@@ -52,35 +49,16 @@ fn sides(nodes: &[NodeUse], prefill: usize) -> [f64; 2] {
     [mean(&nodes[..prefill]), mean(&nodes[prefill..])]
 }
 
-/// What others do while nodes of a side compute: the mean over that side, each node by its time.
-fn beside(nodes: &[NodeUse]) -> Beside {
-    let mut shares = Beside::default();
-    for (kind, shares) in shares.iter_mut().enumerate() {
-        let time = |node: &NodeUse| if kind == 0 { node.prefilling } else { node.decoding };
-        let all = nodes.iter().map(time).sum::<f64>().max(1e-12);
-        for (theirs, share) in shares.iter_mut().enumerate() {
-            *share = nodes
-                .iter()
-                .map(|node| time(node) / all * node.beside[kind][theirs])
-                .sum();
-        }
-    }
-    shares
-}
-
 /// What the cluster will do with these requests, at the times that they have.
 ///
 /// # Errors
 /// Where it would leave the profile.
 pub fn predict(case: &Case<'_>, workload: &Workload) -> Result<Forecast, PlanError> {
-    let mut shares = [[[0.25; 2]; 2]; 2];
-    let rounds = if case.profile.contended.is_some() { ROUNDS } else { 1 };
-    let mut outcome = run(case, workload, shares)?;
-    for _ in 1..rounds {
-        let (prefill, decode) = outcome.nodes.split_at(outcome.prefill_nodes);
-        shares = [beside(prefill), beside(decode)];
-        outcome = run(case, workload, shares)?;
-    }
+    let model = Arc::new(NodeModel::new(case.profile));
+    let mut options = SimOptions::new(&model, case.split.prefill(), case.split.decode(), case.slo.clone());
+    (options.policy, options.frames) = (case.policy, true);
+    options.neighbours = case.profile.contended.is_some();
+    let outcome = simulate(workload, &options)?;
     Ok(Forecast {
         figures: Figures::of(&outcome),
         busy: sides(&outcome.nodes, outcome.prefill_nodes),
@@ -111,15 +89,6 @@ pub fn expect(case: &Case<'_>, workload: &Workload) -> Result<(Figures, [f64; 2]
         }
     }
     Ok((Figures::mean(&figures), busy))
-}
-
-fn run(case: &Case<'_>, workload: &Workload, shares: [Beside; 2]) -> Result<Outcome, PlanError> {
-    let model = |side: usize| Arc::new(NodeModel::beside(case.profile, shares[side]));
-    let mut options = SimOptions::new(&model(0), case.split.prefill(), 0, case.slo.clone());
-    options.decode = vec![model(1); case.split.decode()];
-    (options.policy, options.frames) = (case.policy, true);
-    options.neighbours = case.profile.contended.is_some();
-    Ok(simulate(workload, &options)?)
 }
 
 /// The highest rate, requests per second, at which the SLO is kept; none where it is not kept at any that was tried. A load under

@@ -71,21 +71,6 @@ impl Grid {
         self.seconds.iter_mut().for_each(|row| row[column] *= times);
     }
 
-    /// A step that goes for these shares of its time as fast as in other grids of the same points, and otherwise as in this one.
-    pub(super) fn mixed_with(&self, others: [(&Self, f64); 2]) -> Self {
-        let rest = 1.0 - others.iter().map(|(_, share)| share).sum::<f64>();
-        let at = |i: usize, j: usize, alone: f64| {
-            let per_second = |(grid, share): &(&Self, f64)| share / grid.seconds[i][j].max(1e-12);
-            1.0 / (rest.max(0.0) / alone.max(1e-12) + others.iter().map(per_second).sum::<f64>())
-        };
-        let row = |(i, row): (usize, &Vec<f64>)| row.iter().enumerate().map(|(j, alone)| at(i, j, *alone)).collect();
-        Self {
-            x: self.x.clone(),
-            y: self.y.clone(),
-            seconds: self.seconds.iter().enumerate().map(row).collect(),
-        }
-    }
-
     /// What is wrong with it, if anything.
     pub(super) fn fault(&self) -> Option<String> {
         for (name, axis) in [("x", &self.x), ("y", &self.y)] {

@@ -17,6 +17,6 @@ pub use file::{
 pub use gpus::{GPUS, Gpu, gpu};
 pub use grid::Grid;
 pub use models::{MODELS, model};
-pub use node::{Beside, NodeModel};
+pub use node::{Neighbour, NodeModel};
 pub use roofline::estimate;
 pub use row::{DecodeRow, Segment};

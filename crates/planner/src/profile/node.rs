@@ -1,14 +1,22 @@
 //! A profile made ready to be asked often.
 
-use super::{Contended, DecodeRow, Grid, HandoverTail, OutOfRange, Profile, grid};
+use super::{Contended, DecodeRow, Grid, HandoverTail, OutOfRange, Profile, Steps, grid};
 
 const PREFILL: [&str; 2] = ["prefill.new_tokens", "prefill.context_tokens"];
 const DECODE_CONTEXT: &str = "decode.total_context_tokens";
 const DECODE_BATCH: &str = "decode.batch";
 
-/// What another node of the same machine does meanwhile, as shares of the time: while this one computes prompts, and while it only
-/// decodes; each time the share in which the other one computes prompts, and that in which it only decodes.
-pub type Beside = [[f64; 2]; 2];
+/// What the other nodes of a machine do meanwhile; of several, what slows down the most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Neighbour {
+    /// Nothing, or there is none.
+    #[default]
+    Idle,
+    /// It only decodes.
+    Decoding,
+    /// It computes prompts.
+    Prefilling,
+}
 
 /// How long one kind of node takes for what.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,8 +45,9 @@ pub struct NodeModel {
     pub role_change_s: f64,
     /// From being empty until it is paid no more, seconds.
     pub drain_s: f64,
-    prefill: Grid,
-    decode: Grid,
+    alone: Steps,
+    /// Where it may have neighbours.
+    contended: Option<Contended>,
     mixed_saves_s: f64,
     handover: Grid,
     handover_tail: HandoverTail,
@@ -63,8 +72,11 @@ impl NodeModel {
             startup_s: profile.startup_s,
             role_change_s: profile.role_change_s,
             drain_s: profile.drain_s,
-            prefill: profile.prefill.clone(),
-            decode: profile.decode.clone(),
+            alone: Steps {
+                prefill: profile.prefill.clone(),
+                decode: profile.decode.clone(),
+            },
+            contended: profile.contended.clone(),
             mixed_saves_s: profile.mixed_saves_s,
             handover: Grid {
                 x: path.bytes.clone(),
@@ -74,18 +86,13 @@ impl NodeModel {
         }
     }
 
-    /// Of a checked profile, on a machine with other nodes: a step then goes for these shares of its time as fast as beside a busy
-    /// neighbour. The same as [`Self::new`] where the profile knows no neighbours.
-    pub fn beside(profile: &Profile, shares: Beside) -> Self {
-        let mut model = Self::new(profile);
-        if let Some(Contended { prefilling, decoding }) = &profile.contended {
-            let [prompts, decodes] = shares;
-            let others = [(&prefilling.prefill, prompts[0]), (&decoding.prefill, prompts[1])];
-            model.prefill = model.prefill.mixed_with(others);
-            let others = [(&prefilling.decode, decodes[0]), (&decoding.decode, decodes[1])];
-            model.decode = model.decode.mixed_with(others);
+    /// Its steps beside such a neighbour: the same as alone where the profile knows none.
+    fn steps(&self, beside: Neighbour) -> &Steps {
+        match (&self.contended, beside) {
+            (Some(contended), Neighbour::Prefilling) => &contended.prefilling,
+            (Some(contended), Neighbour::Decoding) => &contended.decoding,
+            (_, _) => &self.alone,
         }
-        model
     }
 
     /// Seconds of a step that computes parts of prompts, each `(new tokens, tokens before them)`. Several parts take as long as
@@ -93,30 +100,32 @@ impl NodeModel {
     ///
     /// # Errors
     /// Outside the profile.
-    pub fn prefill_step(&self, parts: &[(u32, u32)]) -> Result<f64, OutOfRange> {
+    pub fn prefill_step(&self, parts: &[(u32, u32)], beside: Neighbour) -> Result<f64, OutOfRange> {
+        let prefill = &self.steps(beside).prefill;
         if let [(new, context)] = parts {
-            return self.prefill.at(f64::from(*new), f64::from(*context), PREFILL);
+            return prefill.at(f64::from(*new), f64::from(*context), PREFILL);
         }
         let new: f64 = parts.iter().map(|(new, _)| f64::from(*new)).sum();
         let pairs: f64 = parts
             .iter()
             .map(|(new, context)| f64::from(*new) * (f64::from(*context) + f64::from(*new) / 2.0))
             .sum();
-        self.prefill.at(new, (pairs / new - new / 2.0).max(0.0), PREFILL)
+        prefill.at(new, (pairs / new - new / 2.0).max(0.0), PREFILL)
     }
 
     /// The decode step of so many sequences, over their tokens in all.
     ///
     /// # Errors
     /// Outside the profile.
-    pub fn decode_row(&self, batch: u32) -> Result<DecodeRow, OutOfRange> {
-        let (i, across) = grid::place(&self.decode.x, f64::from(batch), DECODE_BATCH)?;
-        let (low, high) = (&self.decode.seconds[i], self.decode.seconds.get(i + 1));
+    pub fn decode_row(&self, batch: u32, beside: Neighbour) -> Result<DecodeRow, OutOfRange> {
+        let decode = &self.steps(beside).decode;
+        let (i, across) = grid::place(&decode.x, f64::from(batch), DECODE_BATCH)?;
+        let (low, high) = (&decode.seconds[i], decode.seconds.get(i + 1));
         let seconds = match high {
             Some(high) if across > 0.0 => low.iter().zip(high).map(|(l, h)| l + (h - l) * across).collect(),
             _ => low.clone(),
         };
-        Ok(DecodeRow::new(batch, self.decode.y.clone(), seconds, DECODE_CONTEXT))
+        Ok(DecodeRow::new(batch, decode.y.clone(), seconds, DECODE_CONTEXT))
     }
 
     /// Seconds of a step that does both.
@@ -149,7 +158,7 @@ impl NodeModel {
     /// Tokens of a prompt and its answer that the profile covers in any case.
     pub fn context_max(&self) -> f64 {
         let last = |axis: &[f64]| axis.last().copied().unwrap_or(0.0);
-        last(&self.prefill.y).min(last(&self.decode.y))
+        last(&self.alone.prefill.y).min(last(&self.alone.decode.y))
     }
 
     /// KV blocks of so many tokens.

@@ -2,7 +2,7 @@
 //! the bounds. It knows means only: no queues, no variance, no bursts. A place to begin, and an explanation; never the answer.
 
 use super::{NodeClass, Side, Split};
-use crate::profile::{NodeModel, OutOfRange};
+use crate::profile::{Neighbour, NodeModel, OutOfRange};
 use crate::slo::{Metric, Slo};
 use crate::workload::Workload;
 
@@ -156,7 +156,7 @@ fn prompt_seconds(node: &NodeModel, input: u32) -> Result<f64, OutOfRange> {
     let mut done = 0;
     while done < input {
         let chunk = node.chunk_tokens.min(input - done);
-        seconds += node.prefill_step(&[(chunk, done)])?;
+        seconds += node.prefill_step(&[(chunk, done)], Neighbour::Idle)?;
         done += chunk;
     }
     Ok(seconds)
@@ -171,7 +171,9 @@ fn largest_batch(node: &NodeModel, context: f64, bound: f64) -> Option<(u32, f64
         if tokens > capacity {
             return best.map(|(batch, step)| (batch, step, Limit::KvCapacity));
         }
-        let step = node.decode_row(batch).and_then(|row| row.seconds(tokens as u64, 1));
+        let step = node
+            .decode_row(batch, Neighbour::Idle)
+            .and_then(|row| row.seconds(tokens as u64, 1));
         match step {
             Ok(step) if step <= bound => best = Some((batch, step)),
             Ok(_) => return best.map(|(batch, step)| (batch, step, Limit::StepTime)),

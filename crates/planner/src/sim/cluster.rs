@@ -9,7 +9,7 @@ use super::record::Record;
 use super::request::Journey;
 use super::turn::Turn;
 use crate::Nanos;
-use crate::profile::OutOfRange;
+use crate::profile::{Neighbour, OutOfRange};
 use crate::workload::Workload;
 use baton_scheduling::{
     Admission, AdmissionLoad, BlockIndex, Candidate, Decision, Entry, FairQueue, Fleet, HandoverTimes, Held, Load,
@@ -232,6 +232,22 @@ impl<'a> Cluster<'a> {
         }
         self.tell_blocks(node);
         self.apply(node)
+    }
+
+    /// Nodes of one machine: each hears what the others compute now.
+    pub fn meet_neighbours(&mut self) -> Result<(), OutOfRange> {
+        let computing: Vec<Neighbour> = self.engines.iter().map(Engine::as_neighbour).collect();
+        for node in 0..self.engines.len() {
+            let others = computing[..node].iter().chain(&computing[node + 1..]);
+            let beside = others.copied().max().unwrap_or_default();
+            let engine = &mut self.engines[node];
+            if let Err(error) = engine.meets(beside, self.events.now, &mut self.effects) {
+                self.failed.get_or_insert((engine.model.name.clone(), error));
+                return Err(error);
+            }
+            self.apply(node as u32)?;
+        }
+        Ok(())
     }
 
     /// The coordinator learns which blocks the node keeps. At once: live nodes write them every 100 ms at most.

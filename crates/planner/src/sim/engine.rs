@@ -1,11 +1,10 @@
 //! One node: the loop of the live engine thread (`node-host`) without tensors. It asks the same `step` functions who is let in, what
 //! the next step computes and who gives way; a step takes what the profile says.
 
-use super::beside::Spans;
 use super::decoding::{DecodeBatch, Left};
 use super::pool::{Pool, Table};
 use crate::Nanos;
-use crate::profile::{DecodeRow, NodeModel};
+use crate::profile::{DecodeRow, Neighbour, NodeModel, OutOfRange};
 use baton_scheduling::step::{Candidate, StepLimits, Waiter};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -136,6 +135,9 @@ pub(super) struct Computing {
     pub steps: u64,
     /// How long these take.
     pub row: Option<DecodeRow>,
+    /// How long all of it takes, beside what it began beside.
+    pub seconds: f64,
+    pub beside: Neighbour,
 }
 
 #[derive(Debug)]
@@ -163,8 +165,6 @@ pub(super) struct Engine {
     pub prefill_tokens_per_s: f32,
     /// Time that it computed prompts, and decoded, and the most blocks that were in use.
     pub busy: [Nanos; 2],
-    /// When that was, where it is asked for.
-    pub spans: Option<Spans>,
     pub blocks_peak: u32,
     pub preemptions: u64,
     pub handed_on: u64,
@@ -172,8 +172,10 @@ pub(super) struct Engine {
     pub fresh: Vec<u32>,
     /// Sequences that leave for another node with the end of this step.
     pub leaving: Vec<u32>,
-    /// Of the last batch size.
+    /// Of the last batch size, beside what is beside it.
     pub row: Option<DecodeRow>,
+    /// What other nodes of the machine compute.
+    pub beside: Neighbour,
 }
 
 impl Engine {
@@ -199,13 +201,13 @@ impl Engine {
             step_us: 0.0,
             prefill_tokens_per_s: 0.0,
             busy: [Nanos::ZERO; 2],
-            spans: None,
             blocks_peak: 0,
             preemptions: 0,
             handed_on: 0,
             fresh: Vec::new(),
             leaving: Vec::new(),
             row: None,
+            beside: Neighbour::Idle,
             model: Arc::clone(model),
         }
     }
@@ -227,9 +229,53 @@ impl Engine {
     /// It computed until now.
     pub fn computed(&mut self, began: Nanos, now: Nanos, decoding: bool) {
         self.busy[usize::from(decoding)] += now - began;
-        if let Some(spans) = &mut self.spans {
-            spans.push(began, now, decoding);
+    }
+
+    /// What it is to its neighbours.
+    pub fn as_neighbour(&self) -> Neighbour {
+        match &self.computing {
+            None => Neighbour::Idle,
+            Some(computing) if computing.parts.is_empty() => Neighbour::Decoding,
+            Some(_) => Neighbour::Prefilling,
         }
+    }
+
+    /// Other nodes of the machine compute something else from now on. A run of decode steps ends with the one under way; what is left of
+    /// a step that computes prompts takes longer, or less long.
+    pub fn meets(&mut self, beside: Neighbour, now: Nanos, out: &mut Vec<Effect>) -> Result<(), OutOfRange> {
+        if self.beside == beside {
+            return Ok(());
+        }
+        (self.beside, self.row) = (beside, None);
+        if self.as_neighbour() != Neighbour::Prefilling {
+            self.cut(now, out);
+            return Ok(());
+        }
+        let Some(mut computing) = self.computing.take() else {
+            return Ok(());
+        };
+        let sizes: Vec<(u32, u32)> = computing
+            .parts
+            .iter()
+            .filter_map(|(arrival, tokens)| {
+                let slot = self.running.iter().find(|slot| slot.arrival == *arrival)?;
+                Some((*tokens, slot.computed))
+            })
+            .collect();
+        if !sizes.is_empty() {
+            let (seconds, row) = self.step_seconds(&sizes, computing.steps)?;
+            let left = (computing.ends - now).seconds() * seconds / computing.seconds;
+            self.generation += 1;
+            computing.ends = now + Nanos::from_seconds(left);
+            computing.generation = self.generation;
+            (computing.seconds, computing.row, computing.beside) = (seconds, row, beside);
+            out.push(Effect::Ends {
+                at: computing.ends,
+                generation: self.generation,
+            });
+        }
+        self.computing = Some(computing);
+        Ok(())
     }
 
     /// Whether it has prompts besides this one.

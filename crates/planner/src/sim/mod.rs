@@ -2,7 +2,6 @@
 //! what a node computes next is decided by `baton-scheduling`, the code that runs in clusters. What is modelled here is
 //! time and memory: steps take what the node's profile says, hand-overs share links, blocks run out.
 
-mod beside;
 mod cluster;
 mod decoding;
 mod engine;

@@ -37,8 +37,8 @@ pub struct SimOptions {
     /// Gaps are counted as clients see them: tokens come in frames, as decode nodes send them. Costs a time per token. Else they
     /// are those between steps.
     pub frames: bool,
-    /// The nodes share a machine: what they compute at the same time is told ([`NodeUse::beside`](super::NodeUse::beside)). Costs a
-    /// time per pause of a node.
+    /// The nodes share a machine: a step takes what it takes beside what the others compute at the time. Costs events whenever a
+    /// node begins or ends to compute.
     pub neighbours: bool,
     /// Ends as soon as the SLO cannot be met any more.
     pub give_up: bool,

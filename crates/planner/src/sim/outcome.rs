@@ -3,7 +3,6 @@
 use super::histogram::Histogram;
 use super::life::Order;
 use crate::Nanos;
-use crate::profile::Beside;
 use crate::slo::{Clause, Metric, Slo};
 
 /// How a request ended.
@@ -69,8 +68,6 @@ pub struct NodeUse {
     pub prefilling: f64,
     /// Share of the time that it only decoded.
     pub decoding: f64,
-    /// What the other nodes did while it computed; nothing unless [`SimOptions::neighbours`](super::SimOptions::neighbours).
-    pub beside: Beside,
     /// The most of its KV blocks that were in use, as a share.
     pub kv_peak: f64,
     /// Sequences that gave way to others.

@@ -1,6 +1,5 @@
 //! The loop: the next event happens, until there is none.
 
-use super::beside::Spans;
 use super::cluster::{Cluster, HEARTBEAT};
 use super::engine::Engine;
 use super::event::{Event, Events};
@@ -11,7 +10,6 @@ use super::outcome::{Fate, NodeUse, Outcome, Served};
 use super::record::Record;
 use super::request::Journey;
 use crate::Nanos;
-use crate::profile::Beside;
 use crate::slo::Metric;
 use crate::workload::Workload;
 use baton_scheduling::{BlockIndex, FairQueue, Fleet, FleetNode, HandoverTimes, Load, NodeView, Side, StepModel};
@@ -86,7 +84,14 @@ fn run(
         };
         let happened = directed
             .and_then(|()| happen(&mut cluster, event))
-            .and_then(|()| cluster.place_waiting());
+            .and_then(|()| cluster.place_waiting())
+            .and_then(|()| {
+                if options.neighbours {
+                    cluster.meet_neighbours()
+                } else {
+                    Ok(())
+                }
+            });
         if let Err(source) = happened {
             let profile = cluster.failed.take().map_or_else(String::new, |(profile, _)| profile);
             return Err(SimError::OutOfRange { profile, source });
@@ -217,12 +222,6 @@ fn cluster<'a>(workload: &'a Workload, options: &'a SimOptions) -> Result<Cluste
     if options.frames {
         cluster.record.tokens.keep(cluster.engines.len(), requests);
     }
-    if options.neighbours {
-        cluster
-            .engines
-            .iter_mut()
-            .for_each(|engine| engine.spans = Some(Spans::default()));
-    }
     for node in 0..cluster.engines.len() {
         let side = if node < options.prefill.len() {
             Side::Prefill
@@ -311,16 +310,7 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         .map(busy)
         .fold(ended.seconds().max(1e-9), f64::max);
     let until = ended.max(workload.requests().last().map_or(Nanos::ZERO, |last| last.at));
-    let beside = |node: usize| {
-        let (before, from) = cluster.engines.split_at(node);
-        let others = before.iter().chain(&from[1..]);
-        let own = from[0].spans.as_ref();
-        own.map_or_else(Beside::default, |own| {
-            own.beside(others.filter_map(|other| other.spans.as_ref()))
-        })
-    };
-    let used = |(node, (engine, life)): (usize, (&Engine, &Life))| NodeUse {
-        beside: beside(node),
+    let used = |(engine, life): (&Engine, &Life)| NodeUse {
         prefilling: engine.busy[0].seconds() / time,
         decoding: engine.busy[1].seconds() / time,
         kv_peak: f64::from(engine.blocks_peak) / f64::from(engine.pool.total().max(1)),
@@ -332,13 +322,7 @@ fn outcome(cluster: &Cluster<'_>, events: u64, given_up: bool) -> Outcome {
         requests: workload.requests().iter().enumerate().map(served).collect(),
         itl: cluster.record.itl.clone(),
         late_gaps: cluster.record.late_gaps,
-        nodes: cluster
-            .engines
-            .iter()
-            .zip(&cluster.lives)
-            .enumerate()
-            .map(used)
-            .collect(),
+        nodes: cluster.engines.iter().zip(&cluster.lives).map(used).collect(),
         prefill_nodes: cluster.options.prefill.len(),
         span: workload.duration(),
         ended,

@@ -4,7 +4,7 @@ use super::decoding::Left;
 use super::engine::{Arrived, Computing, Effect, Engine, Prefilled, Slot};
 use super::record::{Record, Run};
 use crate::Nanos;
-use crate::profile::OutOfRange;
+use crate::profile::{DecodeRow, OutOfRange};
 use crate::workload::Workload;
 use baton_scheduling::step::{self, Candidate, Part};
 
@@ -181,24 +181,13 @@ impl Engine {
         if parts.is_empty() && batch == 0 {
             return Ok(());
         }
-        let prefill = self.prefill_seconds(&parts)?;
         let steps = match (parts.is_empty(), self.decoding.until_first_end()) {
             (true, Some(most)) => self.decoding.steps_within(self.pool.room(), most).max(1),
             (_, _) => 1,
         };
-        let row = self.row(batch)?;
-        let start = self.decoding.tokens();
-        let decode = match &row {
-            Some(row) => row.seconds(start, steps)?,
-            None => 0.0,
-        };
-        let seconds = if parts.is_empty() {
-            decode
-        } else if batch == 0 {
-            prefill
-        } else {
-            self.model.mixed(prefill, decode)
-        };
+        let size = |part: &Part| (part.tokens as u32, self.running[part.index].computed);
+        let sizes: Vec<(u32, u32)> = parts.iter().map(size).collect();
+        let (seconds, row) = self.step_seconds(&sizes, steps)?;
         self.generation += 1;
         let ends = turn.now + Nanos::from_seconds(seconds);
         for part in &parts {
@@ -218,6 +207,8 @@ impl Engine {
             parts: parts.iter().map(arrival).collect(),
             steps: if batch == 0 { 0 } else { steps },
             row,
+            seconds,
+            beside: self.beside,
         });
         turn.out.push(Effect::Ends {
             at: ends,
@@ -226,24 +217,37 @@ impl Engine {
         Ok(())
     }
 
-    fn prefill_seconds(&self, parts: &[Part]) -> Result<f64, OutOfRange> {
-        if parts.is_empty() {
-            return Ok(0.0);
+    /// Beside what is beside it now: a step of parts of prompts, each `(new tokens, tokens before them)`, and of so many steps of those
+    /// that decode; and the times of these.
+    pub(super) fn step_seconds(
+        &mut self,
+        prompts: &[(u32, u32)],
+        steps: u64,
+    ) -> Result<(f64, Option<DecodeRow>), OutOfRange> {
+        let row = self.row(self.decoding.len())?;
+        let decode = match &row {
+            Some(row) => row.seconds(self.decoding.tokens(), steps)?,
+            None => 0.0,
+        };
+        if prompts.is_empty() {
+            return Ok((decode, row));
         }
-        let sizes: Vec<(u32, u32)> = parts
-            .iter()
-            .map(|part| (part.tokens as u32, self.running[part.index].computed))
-            .collect();
-        self.model.prefill_step(&sizes)
+        let prefill = self.model.prefill_step(prompts, self.beside)?;
+        let both = if row.is_some() {
+            self.model.mixed(prefill, decode)
+        } else {
+            prefill
+        };
+        Ok((both, row))
     }
 
-    fn row(&mut self, batch: u32) -> Result<Option<crate::profile::DecodeRow>, OutOfRange> {
+    fn row(&mut self, batch: u32) -> Result<Option<DecodeRow>, OutOfRange> {
         if batch == 0 {
             return Ok(None);
         }
         match self.row.take().filter(|row| row.batch() == batch) {
             Some(row) => Ok(Some(row)),
-            None => self.model.decode_row(batch).map(Some),
+            None => self.model.decode_row(batch, self.beside).map(Some),
         }
     }
 
@@ -306,7 +310,7 @@ impl Engine {
             }
         }
         freed |= self.hand_on(turn);
-        self.row = computing.row;
+        self.row = computing.row.filter(|_| computing.beside == self.beside);
         if tokens > 0 && computing.steps == 0 {
             self.prefilled(tokens, took.seconds());
         }

@@ -2,8 +2,9 @@
 //! means hide what percentiles miss.
 
 use crate::plain::{node, plain};
+use baton_planner::Nanos;
 use baton_planner::predict::{self, Case, Figures};
-use baton_planner::profile::{HandoverTail, NodeModel, estimate, gpu, model};
+use baton_planner::profile::{Contended, Grid, HandoverTail, NodeModel, Steps, estimate, gpu, model};
 use baton_planner::search::{RateMatch, Split};
 use baton_planner::sim::{Outcome, SimOptions, simulate};
 use baton_planner::slo::{Metric, Slo};
@@ -195,4 +196,41 @@ fn what_is_expected_is_the_mean_over_machines_a_little_faster_and_slower() {
         one.busy
     );
     assert_eq!(predict::expect(&case, &workload).unwrap(), (figures, busy));
+}
+
+#[test]
+fn steps_take_what_they_take_beside_what_the_other_node_does_then() {
+    let mut profile = plain(0.01);
+    let times = |grid: &Grid, factor: f64| {
+        let mut grid = grid.clone();
+        grid.seconds.iter_mut().flatten().for_each(|seconds| *seconds *= factor);
+        grid
+    };
+    profile.contended = Some(Contended {
+        prefilling: Steps {
+            prefill: profile.prefill.clone(),
+            decode: times(&profile.decode, 2.0),
+        },
+        decoding: Steps {
+            prefill: times(&profile.prefill, 2.0),
+            decode: profile.decode.clone(),
+        },
+    });
+    // A prompt of 1 s, then 100 steps of 10 ms. Amid them another prompt of 1 s comes.
+    let mut workload = Workload::empty(None);
+    workload.push(Nanos::ZERO, 1000, 101, &[]);
+    workload.push(Nanos::from_seconds(1.5), 1000, 1, &[]);
+    let ends = |neighbours: bool| {
+        let mut options = SimOptions::new(&node(&profile), 1, 1, Slo::default());
+        (options.policy, options.neighbours) = (Policy::LeastLoaded, neighbours);
+        let outcome = simulate(&workload, &options).unwrap();
+        [0, 1].map(|request: usize| outcome.requests[request].e2e.unwrap().seconds())
+    };
+    let near = |found: [f64; 2], wanted: [f64; 2]| {
+        let close = |(a, b): (f64, f64)| (a - b).abs() < 0.025;
+        assert!(found.into_iter().zip(wanted).all(close), "{found:?} is not {wanted:?}");
+    };
+    near(ends(false), [2.0, 1.0]);
+    // From 1.5 s on both take twice as long; at 2.5 s the first one ends, and half of the prompt is left, alone.
+    near(ends(true), [2.5, 1.5]);
 }
