@@ -54,7 +54,8 @@ def wait_healthy(port, processes):
 @contextlib.contextmanager
 def baton(o, log, prefill, decode, threads, *more):
     command = [o.baton, "up", "--prefill", prefill, "--decode", decode, "--threads", threads, "--model", o.model,
-               "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0", "--json", "--log-filter", "warn", *more]
+               "--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0", "--json", "--log-filter", "warn",
+               *(f"--node-flag={flag}" for flag in o.node_flag), *more]
     with group(command, log, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         if not line.startswith("{"):

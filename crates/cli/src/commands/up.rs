@@ -28,6 +28,9 @@ pub struct Up {
     /// Each compute thread stays on a CPU of its own, for machines where nothing else computes
     #[arg(long)]
     pin: bool,
+    /// Passed to every node, such as --node-flag=--speculation=off (see `baton node --help`); may be given several times
+    #[arg(long, value_name = "FLAG")]
+    node_flag: Vec<String>,
     /// Where membership lives: embedded in the coordinator, or etcd://HOST:PORT[,HOST:PORT...]; where that is guarded,
     /// BATON_ETCD_USER, BATON_ETCD_CA, BATON_ETCD_CERT and BATON_ETCD_KEY reach all processes
     #[arg(long, value_name = "STORE", default_value = "embedded")]
@@ -125,7 +128,7 @@ impl Up {
             http_listen: self.http_listen,
             grpc_listen: self.grpc_listen,
             coordinator_flags: self.control_flags(),
-            node_flags: Vec::new(),
+            node_flags: self.node_flag.clone(),
             log_filter: self.log_filter.clone(),
             show_logs: true,
         };

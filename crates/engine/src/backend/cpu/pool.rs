@@ -20,6 +20,11 @@ const OPEN: u64 = 1 << 16;
 const INSIDE: u64 = OPEN - 1;
 const JOB: u64 = 1 << 17;
 
+/// What the scheduler is asked to let a computing thread have at a time, where others want its CPU too. Whoever asks for less, as
+/// threads that send and receive do, still interrupts it at once when woken, since its own share is due earlier. The Linux default
+/// is 3 ms or less: steps of two processes on few CPUs then take turns within one step.
+const TURN: std::time::Duration = std::time::Duration::from_millis(20);
+
 type Work = dyn Fn(usize, usize) + Sync;
 
 /// The present job. Valid while `state` is open or anybody is inside.
@@ -48,8 +53,10 @@ unsafe impl Send for Shared {}
 pub(super) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// The caller's CPU, and the caller that is there already.
-    caller: Option<(usize, Option<ThreadId>)>,
+    /// The caller's CPU, if it has one of its own.
+    cpu: Option<usize>,
+    /// The caller that was made ready to compute.
+    caller: Option<ThreadId>,
 }
 
 /// Keeps this thread on one CPU.
@@ -57,6 +64,43 @@ fn pin(cpu: usize) -> std::io::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Makes this thread one that computes: on its CPU, where it has one, and for longer turns there.
+fn compute(cpu: Option<usize>) {
+    if let Some(Err(error)) = cpu.map(pin) {
+        tracing::warn!(?cpu, %error, "a compute thread could not be kept on its CPU");
+    }
+    if let Err(error) = take_long_turns() {
+        tracing::debug!(%error, "the scheduler gives compute threads its usual turns");
+    }
+}
+
+/// Asks the scheduler for turns of [`TURN`]; before Linux 6.12 it agrees and changes nothing. Threads of real-time
+/// policies stay as they are.
+fn take_long_turns() -> std::io::Result<()> {
+    let mut turns = turns()?;
+    if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&(turns.sched_policy as i32)) {
+        return Ok(());
+    }
+    turns.sched_runtime = TURN.as_nanos() as u64;
+    // SAFETY: 0 is the calling thread; the structure is as long as it says and is only read.
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const turns, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// What the scheduler was asked for on behalf of this thread.
+fn turns() -> std::io::Result<libc::sched_attr> {
+    // SAFETY: a structure of integers, for which zeros are values.
+    let mut turns: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let size = size_of_val(&turns);
+    // SAFETY: 0 is the calling thread; the kernel writes `size` bytes at most.
+    match unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut turns, size, 0) } {
+        0 => Ok(turns),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
 
 /// Whether this process may use them all, and there is one for each thread.
@@ -133,16 +177,15 @@ impl Pool {
         let mut pool = Self {
             shared: shared.clone(),
             threads: Vec::new(),
-            caller: cpus.first().map(|cpu| (*cpu, None)),
+            cpu: cpus.first().copied(),
+            caller: None,
         };
         for worker in 1..threads {
             let shared = shared.clone();
             let name = format!("compute-{worker}");
             let cpu = cpus.get(worker).copied();
             let serve = move || {
-                if let Some(Err(error)) = cpu.map(pin) {
-                    tracing::warn!(?cpu, %error, "a compute thread could not be kept on its CPU");
-                }
+                compute(cpu);
                 shared.serve(worker);
             };
             pool.threads.push(std::thread::Builder::new().name(name).spawn(serve)?);
@@ -150,14 +193,11 @@ impl Pool {
         Ok(pool)
     }
 
-    /// The calling thread is the one that computes from now on: it goes to its CPU, where it has one.
+    /// The calling thread is the one that computes from now on.
     pub(super) fn enter(&mut self) {
-        let Some((cpu, there)) = &mut self.caller else { return };
         let this = std::thread::current().id();
-        if there.replace(this) != Some(this)
-            && let Err(error) = pin(*cpu)
-        {
-            tracing::warn!(cpu, %error, "the computing thread could not be kept on its CPU");
+        if self.caller.replace(this) != Some(this) {
+            compute(self.cpu);
         }
     }
 
@@ -323,6 +363,27 @@ mod tests {
             assert_eq!(count.load(Ordering::Relaxed), 64);
         }
     }
+
+    #[test]
+    fn threads_that_compute_take_long_turns() {
+        std::thread::spawn(|| {
+            let usual = turns().unwrap();
+            let mut pool = Pool::new(2, &[]).unwrap();
+            pool.enter();
+            let long = turns().unwrap();
+            assert_eq!(
+                (long.sched_policy, long.sched_nice),
+                (usual.sched_policy, usual.sched_nice)
+            );
+            // Older kernels tell no turns of ordinary threads.
+            if usual.sched_runtime > 0 {
+                assert_eq!(long.sched_runtime, TURN.as_nanos() as u64);
+            }
+        })
+        .join()
+        .unwrap();
+    }
+
     #[test]
     fn threads_stay_on_their_cpus() {
         let allowed = sched_getaffinity(None).unwrap();
