@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export RUSTC_BOOTSTRAP=1
 PATH="$PWD/target/tools/bin:$PATH"
+export LSAN_OPTIONS="suppressions=$PWD/kv-transfer/fuzz/known-leaks"
 arguments=(--fuzz-dir kv-transfer/fuzz --target-dir target/fuzz/build)
 
 if [ "${1:-}" = again ]; then
